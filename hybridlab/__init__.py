@@ -1,0 +1,1 @@
+"""hybridlab: understand, measure and beat launch overhead in LLM inference."""

@@ -1,0 +1,93 @@
+"""The exception family. Every message is fact · context · remedy, in that order."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HybridlabError(Exception):
+    """Base of everything hybridlab raises on purpose.
+
+    `fact` says what is wrong, `context` where and with which values, `remedy` what to do about it.
+    """
+
+    def __init__(self, fact: str, context: str = "", remedy: str = "") -> None:
+        self.fact, self.context, self.remedy = fact, context, remedy
+        super().__init__(" · ".join(part for part in (fact, context, remedy) if part))
+
+
+class ConfigError(HybridlabError, ValueError):
+    """A setting or parameter is unknown, of the wrong type or out of range. Raised before any work starts."""
+
+
+class ModelError(HybridlabError, ValueError):
+    """A model name, config or checkpoint cannot be used."""
+
+
+class PromptError(HybridlabError, ValueError):
+    """A prompt is empty, too long, or holds something that is no token of the model."""
+
+
+class LoweringError(HybridlabError):
+    """A model step still holds host-dynamic operations after lowering, so no graph can hold it."""
+
+
+class CaptureFailed(HybridlabError, RuntimeError):
+    """A segment could not be captured; the graph was reset and nothing of it is kept."""
+
+
+class CaptureClosed(HybridlabError, RuntimeError):
+    """A capture was asked for while captures are closed, as they are inside a timed region."""
+
+
+class StaleAddress(HybridlabError, RuntimeError):
+    """A buffer that a graph reads or writes has moved since capture."""
+
+
+class EngineBusy(HybridlabError, RuntimeError):
+    """One runtime serves one request at a time, and another one is still running."""
+
+
+class RuntimeClosed(HybridlabError, RuntimeError):
+    """The runtime was closed and serves no more requests."""
+
+
+class NonFinite(HybridlabError, ArithmeticError):
+    """Logits hold NaN or infinity, so no token can be drawn from them."""
+
+
+class JITUnavailable(HybridlabError, RuntimeError):
+    """The dynamic path cannot be compiled on this machine."""
+
+
+class StatisticsError(HybridlabError, ValueError):
+    """The sample is too small for the statistic asked of it."""
+
+
+class RunError(HybridlabError):
+    """A run directory exists already, is incomplete, or does not match its manifest."""
+
+
+class NotebookError(HybridlabError):
+    """A notebook or its parameters were refused before a kernel started."""
+
+
+class NotebookFailed(HybridlabError):
+    """A notebook started and did not finish: a cell failed, timed out, or its kernel died."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for a wrong name: the nearest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def choose(field: str, value: object, known: Iterable[str]) -> str:
+    """`value` if it is one of `known`, else a `ConfigError` that names the nearest."""
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{field} {value!r} is unknown", f"it must be one of {', '.join(known)}",
+                          nearest(str(value), known) if isinstance(value, str) else "")
+    return value
