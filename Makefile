@@ -1,0 +1,71 @@
+# Every target makes .venv first, once: it is made again only when pyproject.toml or constraints.txt changes.
+# Needs make, Python >= 3.11 (choose one with PYTHON=python3.12) and a C++ compiler for the CPU's JIT.
+
+PYTHON ?= python3
+CXX_FOUND := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+export CXX := $(CXX_FOUND)
+BIN := .venv/bin
+READY := .venv/.ready
+# torch.compile's kernels are kept here, so that the second run finds them.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab lint setup compiler clean
+
+help: ## this list
+	@echo "hybridlab: make TARGET"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+reproduce: compiler $(READY) ## run the four-arm ablation on the embedded model (set-up + at most 8 minutes on 2 cores)
+	@$(BIN)/hybridlab reproduce
+
+test: compiler $(READY) lint ## check style and types, then run every test that this machine can run
+	@echo "==> tests"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lab: compiler $(READY) ## open the notebooks in JupyterLab, reachable from this machine only
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_FLAGS)
+
+lint: $(READY) ## ruff and mypy
+	@echo "==> ruff" && $(BIN)/ruff check
+	@echo "==> mypy" && $(BIN)/mypy
+
+setup: $(READY) ## only make .venv
+
+clean: ## remove .venv and caches; runs and figures stay
+	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hybridlab tests notebooks data -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+compiler:
+	@if [ -z "$(CXX_FOUND)" ]; then \
+		echo "no C++ compiler found · torch.compile builds the CPU's kernels with one, and neither \$$CXX nor g++ nor clang++ is there · install g++ (Debian: apt install g++, macOS: xcode-select --install) or set CXX" >&2; \
+		exit 1; fi
+
+# One line a step, a sign of life every 10 seconds, and pip's own words when it fails.
+define STEP
+step() { \
+	printf '==> %s\n' "$$1"; shift; \
+	( while sleep 10 >/dev/null 2>&1; do waited=$$(( $${waited:-0} + 10 )); printf '    ... %s s\n' "$$waited"; done ) & beat=$$!; \
+	trap 'kill $$beat 2>/dev/null' EXIT INT TERM; \
+	"$$@"; status=$$?; \
+	kill $$beat 2>/dev/null; wait $$beat 2>/dev/null; trap - EXIT INT TERM; \
+	return $$status; \
+}
+endef
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python >= 3.11 is needed · $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there) · choose one with: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@$(STEP); step "1/4 virtual environment in .venv ($$($(PYTHON) --version))" $(PYTHON) -m venv .venv || { \
+		echo "the virtual environment could not be made · $(PYTHON) -m venv .venv · on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(STEP); step "2/4 PyTorch, pinned, before anything that could choose another" $(PIP) torch==$(call pin,torch)
+	@$(STEP); step "3/4 Triton of the same release" $(PIP) triton==$(call pin,triton) || test "$$(uname -s)" != Linux
+	@$(STEP); step "4/4 hybridlab with the lab and test extras" $(PIP) -c constraints.txt -e '.[lab,test]'
+	@touch $@
+	@echo "==> ready: $$($(BIN)/python -c 'import torch; print("torch", torch.__version__, "· GPU" if torch.cuda.is_available() else "· CPU only")')"
+
+pin = $(shell sed -n 's/^$(1)==//p' constraints.txt)

@@ -1,0 +1,278 @@
+"""The command line: `hybridlab env | generate | run | reproduce | check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from hybridlab import terminal
+from hybridlab.config import ARMS, RuntimeConfig, Sampling, build
+from hybridlab.errors import ConfigError, PromptError
+from hybridlab.terminal import err, errors
+
+EXIT_CODES = """**Exit codes:** 0 done; 1 the work failed; 2 the input was refused before any work; 130 interrupted.
+
+**Start with:** `hybridlab generate 'The for statement' --show-paths`"""
+
+WIDE = 132  # columns of a table that goes to a file or a log
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+                  add_completion=False, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _option(text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, **settings)
+
+
+def _examples(*lines: str) -> str:
+    return "**Examples**\n\n" + "\n".join(f"* `{line}`" for line in lines)
+
+
+Model = Annotated[str, _option("tiny (ships with hybridlab), a local directory, a Hub id, or random:llama-2-7b: "
+                               "exact shapes with seeded random weights.", "--model", "-m")]
+Runs = Annotated[Path | None, _option("Where run directories go; default data/runs/local.", "--runs")]
+Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug")]
+
+
+@app.callback()
+def main() -> None:
+    """See where launch overhead goes in LLM inference, and measure what CUDA graphs and JIT kernels do about it.
+
+    Every operation of a decode step is static, device-dynamic or host-dynamic, and that decides whether a graph can
+    hold it. The four arms of the ablation: **eager**, **graph** (the static part is replayed), **jit** (the dynamic
+    part is compiled) and **hybrid** (both).
+    """
+
+
+@app.command(epilog=_examples("hybridlab env", "hybridlab env --json > machine.json"))
+def env(as_json: Annotated[bool, _option("Print one JSON object instead of a table.", "--json")] = False) -> None:
+    """Report machine, GPU and libraries, and what does not work here and why."""
+    from hybridlab import environment
+
+    found = environment.report()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        terminal.machine(found, environment.missing(found))
+
+
+@app.command(epilog=_examples(
+    "hybridlab generate 'The for statement'", "hybridlab generate 'The for statement' --arm eager --show-paths",
+    "hybridlab generate 'A list' --temperature 0.8 --top-k 40 --seed 7 > text.txt",
+    "hybridlab generate --ids '1 17 23' --model random:tiny-mistral-7b"))
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    ids: Annotated[str | None, _option("Token ids instead of text, for a model without a tokenizer.")] = None,
+    arm: Annotated[str, _option(f"How steps execute: {', '.join(ARMS)}.")] = "hybrid",
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, _option("Stop after this many tokens.", "--max-new-tokens", "-n")] = 64,
+    temperature: Annotated[float, _option("0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, _option("Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, _option("Draw from the likeliest tokens that hold this probability.")] = None,
+    seed: Annotated[int, _option("Of the draw; every arm draws the same token from the same seed.")] = 0,
+    device: Annotated[str, _option("auto, cpu or cuda.")] = "auto",
+    capture: Annotated[str, _option("When graphs are captured: ahead of the request, sync (inside it), async "
+                                    "(behind it) or never.")] = "ahead",
+    show_paths: Annotated[bool, _option("List the path that made each token, and its time.", "--show-paths")] = False,
+    debug: Debug = False,
+) -> None:
+    """Stream a continuation of PROMPT token by token: text on stdout, one line of timing on stderr."""
+    with errors(debug):
+        request = _prompt(prompt, ids)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        tokens = terminal.stream(_answer(model, {"arm": arm, "device": device, "capture": capture}, request,
+                                         sampling, max_new_tokens))
+        if show_paths:
+            terminal.list_paths(tokens)
+        terminal.timing(tokens, arm)
+
+
+def _answer(model: str, settings: dict[str, Any], request: str | list[int], sampling: dict[str, Any],
+            count: int) -> Iterator[Any]:
+    build(RuntimeConfig, settings)  # refuse before torch is imported, which takes seconds
+    build(Sampling, sampling)
+    with err.status("loading and preparing"):
+        from hybridlab.models import load
+        from hybridlab.runtime import Runtime
+
+        ahead = settings["capture"] == "ahead"  # of this one request; every prompt length would take a minute
+        runtime = Runtime(load(model, device=settings["device"]), **settings | ({"capture": "sync"} if ahead else {}))
+        tokens = runtime.stream(request, max_new_tokens=count, **sampling)
+        if ahead:
+            runtime.generate(request, max_new_tokens=min(2, count), **sampling)
+    with runtime:
+        yield from tokens
+
+
+def _prompt(prompt: str | None, ids: str | None) -> str | list[int]:
+    if (prompt is None) == (ids is None):
+        raise PromptError("give a PROMPT or --ids" + ("" if prompt is None else ", not both"), "",
+                          "hybridlab generate 'The for statement'")
+    if prompt is not None:
+        return prompt
+    try:
+        return [int(part) for part in str(ids).replace(",", " ").split()]
+    except ValueError:
+        raise PromptError("--ids holds something that is no number", str(ids)[:80], "write it like '1 17 23'") from None
+
+
+class _Pairs(TyperCommand):
+    """Lets `-p NAME VALUE` take two words, as papermill does; Typer's repeatable options take one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined, rest = [], iter(args)
+        for word in rest:
+            joined.append(word)
+            if word in ("-p", "--parameter"):
+                name = next(rest, None)
+                if name is not None and "=" not in name:
+                    value = next(rest, None)
+                    name = name if value is None else f"{name}={value}"
+                joined += [] if name is None else [name]
+        return list(super().parse_args(ctx, joined))
+
+
+@app.command(cls=_Pairs, epilog=_examples(
+    "hybridlab run notebooks/04_hybrid.ipynb",
+    "hybridlab run notebooks/05_ablation.ipynb -p repeats 20 -p lengths '[10, 50]'",
+    "hybridlab run notebooks/05_ablation.ipynb -p model random:tiny-mistral-7b -p temperature 0.8"))
+def run(
+    notebook: Annotated[Path, typer.Argument(help="A notebook with one cell tagged 'parameters'.")],
+    parameter: Annotated[list[str] | None, _option(
+        "A parameter that the notebook takes, its VALUE written as in JSON. Repeatable.", "--parameter", "-p",
+        metavar="NAME VALUE")] = None,
+    runs: Runs = None,
+    timeout_s: Annotated[float, _option("Longest time for one cell, in seconds.", "--timeout-s", min=1)] = 1800,
+    debug: Debug = False,
+) -> None:
+    """Execute NOTEBOOK in its own kernel and record a run: rows, executed notebook, and a manifest written last.
+
+    Parameters are checked before a kernel starts. The notebook is code and runs as you. A cell that fails, a kernel
+    that dies or a cell that takes too long gives a run marked failed and exit code 1; rows measured until then stay.
+    The directory of a complete run is printed on stdout.
+    """
+    with errors(debug):
+        from hybridlab import notebooks
+
+        given = dict(_pair(text) for text in parameter or ())
+        print(notebooks.run(notebook, given, root=runs, timeout_s=timeout_s).run_path)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"parameter {name!r} has no value", "", "write -p NAME VALUE, for example -p repeats 20")
+    return name, parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """JSON where it is JSON; True, False and None as in Python; lists of bare words like [eager, graph]; else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    if text.startswith("[") and text.endswith("]"):
+        return [parse_value(part.strip().strip("'")) for part in text[1:-1].split(",")]
+    return text
+
+
+@app.command(epilog=_examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
+                              "hybridlab reproduce --publish"))
+def reproduce(
+    model: Model = "tiny",
+    repeats: Annotated[int, _option("Rounds of 05, at most; one round is a TTFT of every arm and length.", min=1)] = 60,
+    budget_s: Annotated[float, _option("05 starts no new round after this many seconds.", "--budget-s", min=1)] = 90.0,
+    runs: Runs = None,
+    publish: Annotated[bool, _option("Copy the finished ablation to data/runs/ and redraw the committed figures "
+                                     "from committed rows.", "--publish")] = False,
+    debug: Debug = False,
+) -> None:
+    """Execute notebooks 00 to 05 with the paper's prompt lengths, print the ablation table, and draw the figures.
+
+    Figures go to figures/local/ as HTML, SVG and PNG. Without --publish nothing else changes outside the run store.
+    """
+    with errors(debug):
+        from hybridlab import paths
+        from hybridlab import reproduce as job
+
+        checkout = paths.repository()
+        if publish and checkout is None:
+            raise ConfigError("--publish needs a checkout", "hybridlab runs from an installed package",
+                              "clone the repository")
+        done = job.run_all(job.steps(model, repeats, budget_s), (checkout or Path.cwd()) / "notebooks", err, root=runs)
+        _show(done[job.ABLATION].run_path, paths.figures_dir())
+        if publish and checkout is not None:
+            _publish(done[job.ABLATION].run_path, checkout)
+
+
+def _show(run_path: Path, folder: Path) -> None:
+    from hybridlab import report
+    from hybridlab.experiment import Result
+
+    result, out = Result.open(run_path), Console(width=None if sys.stdout.isatty() else WIDE)
+    for grid in report.GRIDS.values():
+        out.print(grid(result).rich())
+    out.print(result.reading(), highlight=False, markup=False)
+    with err.status("drawing figures"):
+        files = list(report.draw(result, folder))
+    names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
+    out.print(f"run      {_near(run_path)}\nfigures  {_near(folder)}: {names}", markup=False, highlight=False,
+              soft_wrap=True)
+
+
+def _publish(run_path: Path, checkout: Path) -> None:
+    from hybridlab import committed
+
+    target = committed.publish(run_path, checkout)
+    files = committed.redraw(checkout)
+    print(f"published {target.relative_to(checkout)}, redrew {len(files)} files under figures/")
+    print(f"next: name run={target.parent.name}/{target.name} in README's table markers, then hybridlab check --write")
+
+
+@app.command(epilog=_examples("hybridlab check", "hybridlab check --write"))
+def check(
+    write: Annotated[bool, _option("Rewrite README tables that differ from their rows.", "--write")] = False,
+    root: Annotated[Path | None, _option("The checkout; default: the one hybridlab runs from.", "--root")] = None,
+    debug: Debug = False,
+) -> None:
+    """Verify every committed run against its manifest, and every README table against the rows it names.
+
+    A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
+    of ablation also ttft and itl, by prompt length. Exit code 1, with a diff, when anything differs.
+    """
+    with errors(debug):
+        from hybridlab import committed, paths
+
+        checkout = root or paths.repository()
+        if checkout is None or not checkout.is_dir():
+            raise ConfigError("there is no checkout to check", str(root or ""), "give --root DIRECTORY")
+        findings = committed.check(checkout, write)
+        for word, lines in (("ok", findings.checked), ("rewrote", findings.written)):
+            for line in lines:
+                print(f"{word:<8} {line}")
+        for line in findings.wrong:
+            err.print(f"wrong    {terminal.printable(line)}", highlight=False, markup=False, soft_wrap=True)
+        total = len(findings.checked) + len(findings.written) + len(findings.wrong)
+        print(f"checked {total} runs and tables, {len(findings.wrong)} wrong")
+    if findings.wrong:
+        raise typer.Exit(terminal.FAILED)
+
+
+def _near(path: Path) -> str:
+    """The path as one types it from here."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    app()

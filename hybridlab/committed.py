@@ -1,0 +1,125 @@
+"""The committed runs and the tables made of them: verified against their manifests and recomputed from their rows."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hybridlab import report
+from hybridlab.errors import HybridlabError, RunError, nearest
+from hybridlab.experiment import Result
+from hybridlab.records import CONFIG, MANIFEST, atomic_write, read
+
+TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
+                   re.DOTALL)
+MARK = re.compile(r"<!-- /?table\b")
+
+
+@dataclass
+class Findings:
+    """What was looked at, what was rewritten, and what is wrong, each as one line or a diff."""
+
+    checked: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def committed_runs(runs: Path) -> list[Path]:
+    """Every run directory under `runs` that git keeps: `<machine>/<run_id>`, without `local/`."""
+    found = {file.parent for name in (MANIFEST, CONFIG) for file in runs.glob(f"*/*/{name}")}
+    return sorted(path for path in found if path.parent.name != "local")
+
+
+def check(root: Path, write: bool = False) -> Findings:
+    """Verify the committed runs of the checkout `root` and the tables of its README; `write` rewrites stale tables."""
+    findings = Findings()
+    runs = root / "data" / "runs"
+    for path in committed_runs(runs):
+        _check_run(path, path.relative_to(runs).as_posix(), findings)
+    readme = root / "README.md"
+    if readme.exists():
+        _check_tables(readme, runs, findings, write)
+    return findings
+
+
+def publish(path: Path, root: Path) -> Path:
+    """Copy a complete run into the checkout's data/runs/<machine>/<run_id> and return the copy. Overwrites nothing."""
+    recorded = read(path)
+    if recorded.status != "complete":
+        raise RunError(f"run {recorded.run_id} is {recorded.status}", recorded.reason, "publish a complete run")
+    target = root / "data" / "runs" / path.resolve().parent.name / recorded.run_id
+    if target.exists():
+        raise RunError(f"{target} is there already", "a committed run is never overwritten", "remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as temporary:
+        copy = Path(temporary) / target.name
+        shutil.copytree(path, copy)
+        read(copy)  # what is published is what was measured
+        os.replace(copy, target)
+    return target
+
+
+def redraw(root: Path) -> list[Path]:
+    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed run.
+
+    SVG and PNG only: a page that opens offline needs five megabytes of plotly.js beside it.
+    """
+    latest = {path.parent.name: path for path in committed_runs(root / "data" / "runs")}
+    return [file for machine, path in latest.items()
+            for file in report.draw(Result.open(path), root / "figures" / machine, ("svg", "png"))]
+
+
+def _check_run(path: Path, name: str, findings: Findings) -> None:
+    try:
+        recorded = read(path)
+    except HybridlabError as error:
+        findings.wrong.append(f"run {name}: {error}")
+        return
+    if recorded.status != "complete":
+        findings.wrong.append(f"run {name}: status is {recorded.status}: {recorded.reason}")
+    else:
+        findings.checked.append(f"run {name}: complete, {len(recorded.rows)} rows, sha256 of every file as recorded")
+
+
+def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> None:
+    text = readme.read_text(encoding="utf-8")
+    tables = list(TABLE.finditer(text))
+    if len(MARK.findall(text)) != 2 * len(tables):
+        findings.wrong.append(f"{readme.name}: a table marker is malformed or not closed; "
+                              "write <!-- table: KIND run=MACHINE/RUN_ID --> and <!-- /table --> on lines of their own")
+        return
+    fresh = text
+    for match in reversed(tables):
+        name = f"{readme.name}: table {match['kind']} of {match['run']}"
+        try:
+            body = _recompute(match["kind"], match["run"], runs)
+        except HybridlabError as error:
+            findings.wrong.append(f"{name}: {error}")
+            continue
+        if body == match["body"]:
+            findings.checked.append(f"{name}: equals its rows")
+        elif write:
+            fresh = fresh[:match.start("body")] + body + fresh[match.end("body"):]
+            findings.written.append(name)
+        else:
+            findings.wrong.append(f"{name} differs from its rows:\n{_diff(match['body'], body)}")
+    if fresh != text:
+        atomic_write(readme, fresh)
+
+
+def _recompute(kind: str, run: str, runs: Path) -> str:
+    if kind not in report.GRIDS:
+        raise RunError(f"there is no table {kind!r}", "", nearest(kind, report.GRIDS))
+    known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
+    if run not in known:
+        raise RunError(f"run {run} is not committed under {runs.name}/", "", nearest(run, known) if known else "")
+    return report.GRIDS[kind](Result.open(known[run])).markdown()
+
+
+def _diff(old: str, new: str) -> str:
+    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "README", "rows", lineterm="", n=0))

@@ -1,0 +1,256 @@
+"""One config in, one recorded run out: load, warm up, measure the arms interleaved, record, tell how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from hybridlab import environment, measure, models, records, stats
+from hybridlab.config import RunConfig, as_dict, build
+from hybridlab.errors import ConfigError, PromptError, RunError
+from hybridlab.runtime import Runtime
+
+log = logging.getLogger(__name__)
+Report = Callable[[str, int, int], None]  # (what, done, total)
+EVERY_S = 10.0                            # between two lines of progress in a log
+
+
+@dataclass(frozen=True)
+class Result:
+    """A recorded run, read back from disk: everything shown is what was stored."""
+
+    recorded: records.Recorded
+
+    @classmethod
+    def open(cls, path: Path | str) -> Result:
+        """A run from its directory, checked against its manifest. Raises: RunError."""
+        return cls(records.read(path))
+
+    @property
+    def run_id(self) -> str:
+        return self.recorded.run_id
+
+    @property
+    def path(self) -> Path:
+        return self.recorded.path
+
+    @property
+    def config(self) -> RunConfig:
+        return self.recorded.config
+
+    @property
+    def status(self) -> str:
+        return self.recorded.status
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """One row a timed token; the columns are those of `records.SCHEMA`."""
+        return self.recorded.rows
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.config.device == "cpu" or not self.recorded.environment.get("cuda_available")
+
+    @property
+    def machine(self) -> str:
+        found = self.recorded.environment
+        return environment.slug(None if self.on_cpu else found.get("gpu"), found.get("cpu"))
+
+    @property
+    def caption(self) -> str:
+        """Run, machine, model and sample sizes: what stands under each figure."""
+        counts = self.rows["metric"].value_counts()
+        sizes = [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
+                 if name in counts]
+        return " · ".join([f"run {self.run_id}", self.machine, self.config.model, f"n = {', '.join(sizes) or 0}"])
+
+    def table(self) -> pd.DataFrame:
+        """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`); None where n does not allow one."""
+        return stats.summary(self.rows, arms=self.config.arms)
+
+    def reading(self) -> str:
+        """The result in words; every number is computed from the rows."""
+        if self.rows.empty:
+            return f"Run {self.run_id} holds no rows: {self.recorded.reason or self.status}."
+        table = self.table()
+        pooled = table[table["prompt_tokens"] == "all"]
+        parts = [_metric_words(pooled[pooled["metric"] == metric], title) for metric, title in
+                 (("itl", "between two tokens"), ("ttft", "to the first token, all prompt lengths pooled,"))]
+        parts += [_path_words(self.rows, self.config.arms)]
+        if pooled["p99"].isna().any():
+            parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
+        load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
+        if load and cores and load[0] > cores:
+            parts.append(f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): "
+                         "other work stretched the tails.")
+        if self.on_cpu:
+            parts.append("These are CPU timings: a graph is a tape of the recorded calls here, so the ratios show what "
+                         "leaving Python out of the loop saves on this machine; they are not GPU ratios.")
+        return " ".join(part for part in parts if part)
+
+
+def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None, progress: bool = True) -> Result:
+    """Measures all arms of the config over one loaded model, in one process, and records the run.
+
+    Raises: ConfigError, ModelError or PromptError for bad input, before anything is written. Whatever goes wrong
+    later, Ctrl-C included, leaves a run that is marked failed with the rows of the finished rounds, and is re-raised.
+    RunError when a graph was captured or a kernel compiled inside a timed request.
+    """
+    config = _checked(config)
+    with _reporter(progress) as report:
+        report(f"loading {config.model}", 0, 1)
+        model = models.load(config.model, device=config.device, dtype=config.dtype)
+        _check_context(model, config)
+        prompts = measure.prompts(model, config.lengths, config.seed)
+        with _threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
+            target = records.Run.create(config, Path(root) if root is not None else None)
+            try:
+                extra = _measure(model, prompts, config, target, report)
+                target.finish("complete", extra=extra)
+            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
+                _fail(target, error)
+                raise
+    return Result.open(target.path)
+
+
+def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, target: records.Run,
+             report: Report) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        runtimes: dict[str, Runtime] = {}
+        for done, arm in enumerate(config.arms):
+            report(f"building {arm}", done, len(config.arms))
+            runtimes[arm] = stack.enter_context(Runtime(model, arm=arm, policy=config.policy, device=config.device,
+                                                        capture="sync"))
+        report("warming up", 0, config.warmup)
+        measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
+        started, done = time.monotonic(), 0
+        for done, rows in enumerate(measure.rounds(runtimes, prompts, config), start=1):
+            target.append(rows)
+            _check_undisturbed(rows)
+            report(_remaining(done, time.monotonic() - started, config), done, config.repeats)
+        return {"rounds": done, "measured_s": round(time.monotonic() - started, 1),
+                "counters": {arm: dict(runtime.counters.as_dict()) for arm, runtime in runtimes.items()}}
+
+
+def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
+    config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
+    for name in ("arms", "lengths"):
+        values = getattr(config, name)
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
+    return config
+
+
+def _check_context(model: Any, config: RunConfig) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(config.lengths) + config.new_tokens
+    if context is not None and longest > context:
+        raise PromptError(f"prompt length {max(config.lengths)} + new_tokens {config.new_tokens} = {longest}",
+                          f"the context of {config.model} holds {context} tokens", "lower lengths or new_tokens")
+
+
+def _check_undisturbed(rows: list[measure.Row]) -> None:
+    for row in rows:
+        if row["captures"] or row["compiles"]:
+            raise RunError(f"{row['captures']} captures and {row['compiles']} compilations in a timed request",
+                           f"arm {row['arm']}, {row['prompt_tokens']} prompt tokens, round {row['round']}",
+                           "such times are no latencies; raise warmup, and report this if it stays")
+
+
+def _fail(target: records.Run, error: BaseException) -> None:
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    try:
+        target.finish("failed", reason)
+    except Exception as second:  # a full disk, say: without a manifest the run counts as incomplete, never as complete
+        error.add_note(f"the run could not be marked failed: {second}")
+
+
+@contextlib.contextmanager
+def _threads(count: int, on_cpu: bool) -> Iterator[None]:
+    """Sets PyTorch's CPU threads for the block; on a GPU they are left alone."""
+    before = torch.get_num_threads()
+    if on_cpu:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if on_cpu:
+            torch.set_num_threads(before)
+
+
+def _metric_words(cells: pd.DataFrame, title: str) -> str:
+    cells = cells[cells["p50"].notna()]
+    if cells.empty:
+        return ""
+    times = ", ".join(f"{_number(cell.p50, cell.p50_low, cell.p50_high, ' ms')} for {cell.arm}"
+                      for cell in cells.itertuples())
+    faster = [f"{cell.arm} is {_number(cell.ratio_to_eager, cell.ratio_low, cell.ratio_high, '')} times as fast"
+              for cell in cells.itertuples() if cell.arm != "eager" and cell.ratio_to_eager is not None]
+    compared = f" Against eager, {', '.join(faster)}." if faster else ""
+    return f"The median time {title} was {times} (95 % interval in brackets).{compared}"
+
+
+def _number(value: float, low: float, high: float, unit: str) -> str:
+    return f"{value:.3g}{unit} [{low:.3g}, {high:.3g}]"
+
+
+def _path_words(rows: pd.DataFrame, arms: tuple[str, ...]) -> str:
+    words = []
+    for arm in arms:
+        shares = rows.loc[rows["arm"] == arm, "path"].value_counts(normalize=True)
+        words.append(f"{arm} ran " + " and ".join(f"{100 * share:.4g} % {path}" for path, share in shares.items()))
+    return f"Paths of the timed tokens: {'; '.join(words)}."
+
+
+def _remaining(done: int, elapsed_s: float, config: RunConfig) -> str:
+    left = min((config.repeats - done) * elapsed_s / done, max(0.0, config.budget_s - elapsed_s))
+    return f"round {done} of {config.repeats}, {left:.0f} s left"
+
+
+@contextlib.contextmanager
+def _reporter(progress: bool) -> Iterator[Report]:
+    """Progress for where it is seen: a bar on a terminal, one line that is replaced in a notebook, else a log."""
+    if progress and _in_kernel():
+        yield _notebook_line()
+    elif progress and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True)
+        with bar:
+            task = bar.add_task("")
+            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    else:
+        yield _log_line(EVERY_S)
+
+
+def _in_kernel() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _notebook_line() -> Report:
+    from IPython.display import display
+
+    handle = display({"text/plain": "starting"}, raw=True, display_id=True)
+    return lambda what, done, total: handle.update({"text/plain": what}, raw=True)
+
+
+def _log_line(every_s: float) -> Report:
+    last = [float("-inf")]
+
+    def report(what: str, done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= every_s:
+            last[0] = time.monotonic()
+            log.info(what)
+
+    return report

@@ -1,0 +1,158 @@
+"""Capture and replay, and the cache of captured graphs: the paper's rolling buffer. Knows no model.
+
+A graph is a CUDA graph on a GPU and a tape on the CPU. The cache holds them by key, least recently used first, under
+a byte budget; a lease keeps a graph in while it is in flight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hybridlab import kernels
+from hybridlab.counters import Counters
+from hybridlab.errors import CaptureClosed, CaptureFailed, HybridlabError, StaleAddress
+from hybridlab.tape import Tape
+
+
+class Graph(Protocol):
+    """A captured launch sequence over fixed addresses."""
+
+    nbytes: int
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class CudaGraph:
+    """`function` as a CUDA graph, its intermediates in `pool`.
+
+    `torch.cuda.graph()` is avoided: it synchronises the device and empties the allocator's cache on entry.
+    """
+
+    def __init__(self, function: Callable[[], None], pool: tuple[int, int]) -> None:
+        before = torch.cuda.memory_reserved()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                function()
+            except BaseException:
+                self._abandon()
+                raise
+            self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.nbytes = torch.cuda.memory_reserved() - before
+
+    def _abandon(self) -> None:
+        """End a capture that failed, so that the stream is usable again; the first error is the one to report."""
+        with suppress(RuntimeError):
+            self._graph.capture_end()
+        self._graph.reset()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def reset(self) -> None:
+        torch.cuda.current_stream().synchronize()
+        self._graph.reset()
+
+
+class GraphCache:
+    """Captured graphs by key, least recently used first out, under `budget` bytes (None: no limit).
+
+    Keys name everything a graph bakes in. A key whose capture failed keeps its reason in `failed` and is not tried
+    again. Graphs share one memory pool: they never run at the same time and nothing but their declared buffers is
+    read after a replay.
+    """
+
+    def __init__(self, device: torch.device, budget: int | None, counters: Counters) -> None:
+        self.device, self.budget, self.counters = device, budget, counters
+        self.failed: dict[Hashable, str] = {}
+        self.closed = False
+        self._graphs: OrderedDict[Hashable, tuple[Graph, Sequence[Tensor], tuple[int, ...]]] = OrderedDict()
+        self._leased: set[Hashable] = set()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @contextmanager
+    def lease(self, key: Hashable) -> Iterator[Callable[[], None]]:
+        """The replay of `key`, which stays in the cache while the lease is held. Raises KeyError if it is not there."""
+        graph, buffers, addresses = self._graphs[key]
+        self._graphs.move_to_end(key)
+        self._leased.add(key)
+
+        def replay() -> None:
+            if tuple(t.data_ptr() for t in buffers) != addresses:
+                raise StaleAddress(f"a buffer of graph {key} has moved since capture",
+                                   "replaying would read and write memory that is no longer its own",
+                                   "keep the runtime's tensors as they are, or make a new Runtime")
+            graph.replay()
+            self.counters.replays += 1
+
+        try:
+            yield replay
+        finally:
+            self._leased.discard(key)
+
+    def capture(self, key: Hashable, function: Callable[[], None], buffers: Sequence[Tensor]) -> None:
+        """Capture `function` under `key`; it must read and write only `buffers` and what never moves.
+
+        It runs once before, so that nothing is compiled or loaded during capture. Raises `CaptureFailed` with the
+        cause, or `CaptureClosed`; in both cases the cache is as it was.
+        """
+        if self.closed:
+            raise CaptureClosed(f"graph {key} was to be captured", "captures are closed, as in a timed region",
+                                "warm up every length before timing")
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                function()
+            compiled = kernels.compiles()
+            graph: Graph = Tape(function) if self._pool is None else CudaGraph(function, self._pool)
+        except (RuntimeError, HybridlabError) as error:
+            self.failed[key] = f"capture failed: {error}"
+            self.counters.failures += 1
+            raise CaptureFailed(f"graph {key} could not be captured", str(error),
+                                "its steps run without a graph; fallback='raise' stops instead") from error
+        if kernels.compiles() != compiled:
+            graph.reset()
+            self.failed[key] = "a kernel was compiled during capture"
+            raise CaptureFailed(f"graph {key} compiled a kernel during capture", "its warm-up ran another program")
+        self._graphs[key] = (graph, buffers, tuple(t.data_ptr() for t in buffers))
+        self.counters.captures += 1
+        self.counters.capture_ms += (time.perf_counter() - start) * 1e3
+        self.counters.graph_bytes += graph.nbytes
+        self._evict(keep=key)
+
+    def _evict(self, keep: Hashable | None) -> None:
+        for key in list(self._graphs):
+            if self.budget is None or self.counters.graph_bytes <= self.budget:
+                return
+            if key != keep and key not in self._leased:
+                self._drop(key)
+                self.counters.evictions += 1
+
+    def _drop(self, key: Hashable) -> None:
+        graph, _, _ = self._graphs.pop(key)
+        self.counters.graph_bytes -= graph.nbytes
+        graph.reset()
+
+    def clear(self) -> None:
+        """Drop every graph."""
+        for key in list(self._graphs):
+            self._drop(key)

@@ -1,0 +1,55 @@
+"""The dynamic operations, JIT-compiled, with the signatures of `hybridlab.ops`, registered as `hybridlab_jit::*`.
+
+On a GPU they are Triton kernels, one file an op; on the CPU, Inductor's C++ of the reference. Which one runs is
+decided by where the tensors are, so a graph captured on either holds the kernel itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from hybridlab import ops
+from hybridlab.kernels import attend, inductor, inputs, sample
+
+_TRITON_COMPILES: list[str] = []
+_EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
+
+
+def _note_compile(**event: Any) -> Any:
+    _TRITON_COMPILES.append(str(event.get("repr", "")))
+    return _EARLIER_HOOK(**event) if _EARLIER_HOOK else None
+
+
+triton.knobs.runtime.jit_post_compile_hook = _note_compile
+
+TRITON: dict[str, Callable[..., Tensor | None]] = {
+    "attend": attend.attend, "pad": inputs.pad, "advance": inputs.advance,
+    "greedy": sample.greedy, "sample": sample.sample,
+}
+
+
+def bind(name: str, args: tuple[Any, ...]) -> Callable[[], Tensor | None]:
+    """The call of op `name` with these very arguments, with everything decided that can be decided now.
+
+    Compiles the kernel for the shapes of `args` if that has not happened yet.
+    """
+    if args[0].is_cuda:
+        return partial(TRITON[name], *args)
+    return inductor.bind(name, args)
+
+
+def compiles() -> int:
+    """JIT compilations in this process so far."""
+    return inductor.count() + len(_TRITON_COMPILES)
+
+
+def _run(name: str) -> Callable[..., Tensor | None]:
+    return lambda *args: bind(name, args)()
+
+
+_LIBRARY = ops.register("hybridlab_jit", {name: _run(name) for name in ops.SCHEMAS})

@@ -1,0 +1,132 @@
+"""Host-dynamic patterns become device-dynamic ops over fixed buffers, through transformers' own extension points.
+
+The stock decoder step concatenates onto a growing KV cache and attends over its length, both shapes on the host. A
+lowered module is the same modules and the same weight tensors with one change: attention calls
+`hybridlab::attend`, which writes into a static cache and masks by positions read on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from hybridlab.errors import LoweringError
+
+PLAIN, JIT = "hybridlab", "hybridlab_jit"  # namespaces of `attend`: the specification, and its JIT kernels
+
+
+class Binding(NamedTuple):
+    """What attention needs beyond q, k, v: the static cache, the rows' positions and how far to attend."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    positions: Tensor
+    span: int
+
+
+class StaticKV:
+    """Keys and values of one request at fixed addresses: for each layer two of [1, kv_heads, capacity, head_dim].
+
+    Rows beyond the current position are never attended, so a new request needs no clearing.
+    """
+
+    def __init__(self, config: Any, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (1, kv_heads, capacity, dim)
+        self.capacity = capacity
+        self.layers = [
+            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*chain.from_iterable(self.layers)]
+
+
+class Inputs(NamedTuple):
+    """What a program of one shape reads, at fixed addresses.
+
+    ids: int64 [1, rows]; positions: int64 [rows]; last: int64 [1], the row whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> Inputs:
+        return cls(torch.zeros((1, rows), dtype=torch.int64, device=device), torch.arange(rows, device=device),
+                   torch.zeros(1, dtype=torch.int64, device=device))
+
+
+class Program:
+    """The lowered forward at one fixed shape: reads `inputs`, writes one row of `logits`, float32 [vocabulary].
+
+    Attention sees the first `span` rows of the cache. Every address is fixed for life, so the call can be captured.
+    """
+
+    def __init__(self, module: nn.Module, kv: StaticKV, logits: Tensor, inputs: Inputs, span: int) -> None:
+        self.module, self.kv, self.logits, self.inputs = module, kv, logits, inputs
+        self.rows = inputs.ids.shape[1]
+        self.binding = Binding(kv.layers, inputs.positions, span)
+
+    def __call__(self) -> None:
+        row = self.inputs.last if self.rows > 1 else 1
+        out = self.module(input_ids=self.inputs.ids, position_ids=self.inputs.positions[None], use_cache=False,
+                          logits_to_keep=row, hybridlab=self.binding)
+        self.logits.copy_(out.logits[0, -1])
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What a captured graph of this program reads and writes beside the weights."""
+        return [*self.inputs, self.logits, *self.kv.tensors]
+
+
+def _attention(namespace: str) -> Callable[..., tuple[Tensor, None]]:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                  *, hybridlab: Binding, scaling: float | None = None, sliding_window: int | None = None,
+                  softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+        k_cache, v_cache = hybridlab.layers[module.layer_idx]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attend = getattr(torch.ops, namespace).attend.default
+        return attend(query, key, value, k_cache, v_cache, hybridlab.positions, scale, hybridlab.span,
+                      sliding_window or 0, softcap or 0.0), None
+
+    return attention
+
+
+for _namespace in (PLAIN, JIT):
+    # No mask function is registered under these names: transformers then builds no mask, and `attend` needs none.
+    AttentionInterface.register(_namespace, _attention(_namespace))
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weight tensors, with a config of its own, in eval mode."""
+    tokenizer = getattr(model, "tokenizer", None)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), tokenizer)}
+    return copy.deepcopy(model, shared).eval()
+
+
+def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
+    """A twin of `model` that attends through `namespace`; weights are shared, the model itself is not touched.
+
+    Raises `LoweringError` for a family that does not attend through transformers' interface: such a model would run
+    its stock attention without a cache, and its tokens would be wrong.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        raise LoweringError(
+            f"{type(model).__name__} does not use transformers' attention interface",
+            "its attention cannot be replaced by one that a graph can hold",
+            "run it with arm='eager'",
+        )
+    lowered = twin(model)
+    lowered.set_attn_implementation(namespace)
+    return lowered

@@ -1,0 +1,258 @@
+"""A name becomes a model: weights, tokenizer and config. No code from a checkpoint runs, and nothing is patched.
+
+The plain transformers class is what comes back, because the partition is meant to work on unmodified models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from hybridlab import checkpoint
+from hybridlab.architectures import ARCHITECTURES
+from hybridlab.config import DTYPES
+from hybridlab.errors import ConfigError, ModelError, choose, nearest
+from hybridlab.paths import data_dir
+
+log = logging.getLogger(__name__)
+
+SEED = 0  # of the weights of every "random:" model
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+HUB_NOT = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's second copy of the weights
+
+KNOWN = ("tiny", *(f"random:{name}" for name in ARCHITECTURES))
+
+
+def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.device = "auto",
+         dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """A transformers causal LM in eval mode without gradients, its tokenizer (or None) as `model.tokenizer`.
+
+    `spec`: "tiny" (the embedded model), a directory in Hugging Face layout, a Hub id ("owner/name"),
+    "random:<architecture>" (seeded weights, no tokenizer), or an instantiated causal LM, which comes back as it is.
+    `dtype` None: the checkpoint's own; of random weights float16 on a GPU and float32 on a CPU.
+    Raises `ModelError` before any memory of `device` is taken when the checkpoint is not sound, and `ConfigError`
+    for a wrong device or dtype. Weights may hold NaN: that is found when logits are not finite.
+    """
+    wanted = None if dtype is None else choose("dtype", str(dtype).removeprefix("torch."), DTYPES)
+    if isinstance(spec, torch.nn.Module):
+        return _instance(spec, device, wanted)
+    if not isinstance(spec, str | os.PathLike):
+        raise ModelError(f"{type(spec).__name__} is no model", f"got {spec!r}",
+                         "give a name, a directory or an instantiated transformers causal LM")
+    name, target = os.fspath(spec), resolve_device(device)
+    if name.startswith("random:"):
+        model = _random(name, target, wanted)
+        model.tokenizer = None
+    else:
+        model = _from_directory(_locate(name), target, wanted)
+    model.name_or_path = name
+    return model.eval().requires_grad_(False)
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """The torch device for "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N". Raises `ConfigError`."""
+    text = str(device)
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", text):
+        raise ConfigError(f"device {text!r} is unknown", "it must be auto, cpu, cuda or cuda:N",
+                          nearest(text, ("auto", "cpu", "cuda")))
+    found = torch.device(text)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {text!r} is not there", f"PyTorch {torch.__version__} sees "
+                          f"{torch.cuda.device_count()} GPUs", 'use device="cpu", or check the driver with nvidia-smi')
+    return found
+
+
+def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | None) -> PreTrainedModel:
+    if (not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder
+            or model.get_output_embeddings() is None):
+        raise ModelError(f"{type(model).__name__} is no causal language model", "an instantiated model was given",
+                         "give a transformers ...ForCausalLM")
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError(f"{type(model).__name__} has no weights", "some of its parameters are on the meta device",
+                         "load its weights first")
+    here = next(model.parameters())
+    if (str(device) != "auto" and resolve_device(device).type != here.device.type) or (
+            dtype and getattr(torch, dtype) != here.dtype):
+        raise ModelError(f"the model is {here.dtype} on {here.device}",
+                         f"device={str(device)!r}, dtype={dtype!r} were asked for, but an instance is taken as it is",
+                         "move it with model.to(...) first")
+    if not hasattr(model, "tokenizer"):
+        model.tokenizer = None
+    return model
+
+
+def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedModel:
+    """Seeded weights by transformers' own initialisation, made on `device` in `dtype`: there is never a second copy."""
+    architecture = name.removeprefix("random:")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"architecture {architecture!r} is unknown", f"in model {name!r}",
+                         nearest(architecture, ARCHITECTURES))
+    config = AutoConfig.for_model(**ARCHITECTURES[architecture])
+    kind = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
+    _require_memory(_skeleton(config, kind, name), device, name)
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), device:
+        torch.manual_seed(SEED)
+        return AutoModelForCausalLM.from_config(config, dtype=kind)
+
+
+def _locate(name: str) -> Path:
+    """The directory that holds `name`, fetched from the Hub when it is an id. Raises `ModelError` for a wrong name."""
+    if name == "tiny":
+        folder = data_dir() / "models" / "tiny"
+        if not (folder / "config.json").is_file():
+            raise ModelError("the embedded model is missing", f"no config.json in {folder}",
+                             "install hybridlab again, or make it: python data/models/train_tiny.py")
+        return folder
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder.absolute()
+    if folder.is_file():
+        raise ModelError(f"{name!r} is a file", "a model is a directory in Hugging Face layout",
+                         f"did you mean {str(folder.parent)!r}?")
+    if HUB_ID.fullmatch(name):
+        return _fetch(name)
+    if "/" in name or os.sep in name:
+        raise ModelError(f"model directory {name!r} does not exist", f"looked in {Path.cwd()}", "check the path")
+    raise ModelError(f"model {name!r} is unknown", "it is no directory, no Hub id (owner/name)", nearest(name, KNOWN))
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a Hub repository's snapshot: its config comes first, the rest only when the config passes."""
+    try:
+        config = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        checkpoint.check_config(config)
+        commit = config.parent.name  # the config that was checked and the weights must come from one commit
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT))
+    except ModelError:
+        raise
+    except Exception as error:  # network, authorisation and cache errors come from several libraries
+        raise ModelError(f"model {name!r} could not be fetched", f"it is no directory here, and the Hub said: "
+                         f"{type(error).__name__}: {error}",
+                         f"check the name, the network and `hf auth login`; {nearest(name, KNOWN)}") from error
+
+
+def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> PreTrainedModel:
+    found = checkpoint.inspect(folder)
+    with _quiet():
+        config = _config(found)
+        kind = getattr(torch, dtype or _own_dtype(found))
+        skeleton = _skeleton(config, kind, folder)
+        problems = _wrong_dtypes(skeleton, found)
+        _require_memory(skeleton, torch.device("cpu"), folder)
+        model, problems_of_names = _read_weights(folder, kind)
+        if problems := problems + problems_of_names:
+            raise ModelError(f"the weights do not fit the config: {'; '.join(problems)}", f"in {folder}",
+                             "the files belong to another model or are incomplete; download them again")
+        model.tokenizer = _tokenizer(found, model)
+    if device.type != "cpu":
+        _require_memory(skeleton, device, folder)
+    return model.to(device)
+
+
+def _config(found: checkpoint.Checkpoint) -> PreTrainedConfig:
+    kind, path = found.config["model_type"], found.directory / "config.json"
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"model_type {kind!r} is unknown to transformers", str(path),
+                         nearest(kind, CONFIG_MAPPING.keys()))
+    try:
+        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers validates each field its own way
+        raise ModelError(f"transformers refuses config.json: {error}", str(path), "correct the field named") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model_type {kind!r} is no causal language model", str(path), "give a decoder-only model")
+    return config
+
+
+def _own_dtype(found: checkpoint.Checkpoint) -> str:
+    """The dtype a checkpoint was saved in: the config's word, else that of its first floating tensor."""
+    named = found.config.get("dtype") or found.config.get("torch_dtype")
+    known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return named or next((known[t.dtype] for t in found.tensors.values() if t.dtype in known), "float32")
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: object) -> PreTrainedModel:
+    """The model without memory, to know its names and size before anything is allocated."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"transformers cannot build this config: {error}", str(where), "correct its fields") from error
+
+
+def _require_memory(skeleton: PreTrainedModel, device: torch.device, where: object) -> None:
+    needed = skeleton.get_memory_footprint()
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(f"the weights need {needed / 2**30:,.1f} GiB and {device} has {free / 2**30:,.1f} GiB free",
+                         str(where), "use a smaller model or dtype, or free memory first")
+
+
+def _wrong_dtypes(skeleton: PreTrainedModel, found: checkpoint.Checkpoint) -> list[str]:
+    """Parameters stored as whole numbers: transformers would cast them without a word."""
+    return [f"{name} is {found.tensors[name].dtype} in {found.tensors[name].file}"
+            for name, _ in skeleton.named_parameters()
+            if name in found.tensors and not re.fullmatch(r"B?F\d+", found.tensors[name].dtype)]
+
+
+def _read_weights(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """The model on the CPU, and what does not match. transformers is asked, as it knows ties and renamed tensors."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            ignore_mismatched_sizes=True, output_loading_info=True)  # mismatches are listed, then refused
+    except Exception as error:
+        raise ModelError(f"transformers could not load the weights: {error}", f"from {folder}",
+                         "the files belong to another model or are damaged; download them again") from error
+    shapes = [f"{name} has shape {tuple(got)}, expected {tuple(want)}"
+              for name, got, want in sorted(info["mismatched_keys"])]
+    missing = [f"missing {checkpoint.some(info['missing_keys'])}"] if info["missing_keys"] else []
+    extra = [f"not in the model: {checkpoint.some(info['unexpected_keys'])}"] if info["unexpected_keys"] else []
+    return model, shapes + missing + extra + list(info["error_msgs"])
+
+
+def _tokenizer(found: checkpoint.Checkpoint, model: PreTrainedModel) -> Any:
+    if not found.has_tokenizer:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"the tokenizer cannot be read: {error}", f"in {found.directory}",
+                         "fetch its files again, or remove them to use token ids only") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise ModelError(f"the tokenizer has id {largest} and the model {rows} embeddings", f"in {found.directory}",
+                         "the tokenizer belongs to another model")
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own loading report and progress bar away: what matters of them is raised."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,164 @@
+"""The reference operations in plain PyTorch, registered as `hybridlab::*` custom ops: the specification.
+
+They are the dynamic part of a decoder step: whatever changes from token to token is read from device memory, never
+from a shape or a Python value, so a graph can hold every one of them. `hybridlab.kernels` offers the same
+signatures, JIT-compiled. No op reads anything back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+SCHEMAS = {
+    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+    "float scale, int span, int window, float softcap) -> Tensor",
+    "pad": "(Tensor prompt, Tensor length, Tensor(a!) ids, Tensor(b!) last) -> ()",
+    "advance": "(Tensor token, Tensor(a!) ids, Tensor(b!) positions) -> ()",
+    "greedy": "(Tensor logits, Tensor(a!) token) -> ()",
+    "sample": "(Tensor logits, Tensor seed, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "bool filtered, Tensor(a!) token) -> ()",
+}
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
+           scale: float, span: int, window: int, softcap: float) -> Tensor:
+    """Write T new rows into a static KV cache and attend from them, each up to its own position.
+
+    q: [1, heads, T, dim]; k, v: [1, kv_heads, T, dim]; k_cache, v_cache: [1, kv_heads, capacity, dim];
+    positions: int64 [T], ascending, read on the device. Rows `span` and beyond are never attended (a bound known
+    when the program is built: the bucket, or the capacity). `window` > 0 keeps the last `window` positions,
+    `softcap` > 0 bends the scores. Returns [1, T, heads, dim] in q's dtype.
+    """
+    k_cache.index_copy_(2, positions, k)
+    v_cache.index_copy_(2, positions, v)
+    columns = torch.arange(span, device=q.device)
+    visible = columns <= positions[:, None]
+    if window > 0:
+        visible = visible & (columns > positions[:, None] - window)
+    keys, values = k_cache[:, :, :span], v_cache[:, :, :span]
+    if q.shape[2] == 1 or softcap > 0:
+        mixed = _by_group(q, keys, values, visible, scale, softcap)
+    else:
+        mixed = scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+    return mixed.transpose(1, 2).contiguous()
+
+
+def _by_group(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention by its definition, the query heads of a KV head as rows of one matrix product.
+
+    For one row it is faster than the library's attention, which would copy the keys for every query head; and the
+    library offers no bent scores, softcap * tanh(scores / softcap).
+    """
+    _, heads, rows, dim = q.shape
+    groups, span = keys.shape[1:3]
+    scores = torch.bmm(q.reshape(groups, heads // groups * rows, dim), keys[0].transpose(1, 2)).float() * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(groups, heads // groups, rows, span).masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).to(q.dtype)
+    return torch.bmm(weights.view(groups, -1, span), values[0]).view(1, heads, rows, dim)
+
+
+def pad(prompt: Tensor, length: Tensor, ids: Tensor, last: Tensor) -> None:
+    """Right-pad a prompt into its bucket: ids [1, bucket] <- prompt[:length] then zeros; last [1] <- length - 1.
+
+    prompt: int64 [capacity], of which the first `length` (int64 [1]) entries are the prompt.
+    """
+    bucket = ids.shape[1]
+    inside = torch.arange(bucket, device=ids.device) < length
+    ids.copy_(torch.where(inside, prompt[:bucket], 0)[None])
+    last.copy_(length - 1)
+
+
+def advance(token: Tensor, ids: Tensor, positions: Tensor) -> None:
+    """The next decode step's input: ids [1, 1] <- token [1], positions [1] <- positions + 1."""
+    ids.copy_(token[None])
+    positions.add_(1)
+
+
+def greedy(logits: Tensor, token: Tensor) -> None:
+    """token [1] <- index of the largest of logits [vocabulary]; -1 when they hold NaN or +infinity."""
+    top, index = torch.max(logits, dim=0)
+    token.copy_(torch.where(torch.isfinite(top), index, -1)[None])
+
+
+def sample(logits: Tensor, seed: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+           filtered: bool, token: Tensor) -> None:
+    """token [1] <- a draw from softmax(logits / temperature), keyed by (seed, position); -1 as in `greedy`.
+
+    Gumbel-max: the largest of logits / temperature + noise, with one Philox number for each (seed, position, entry).
+    Two arms whose logits differ by rounding draw the same token unless two scores are that close, which inverting a
+    cumulative sum over the vocabulary does not give. With `filtered`, top-k then top-p, as in transformers: entries
+    below the k-th largest are dropped, then all outside the smallest set with probability `top_p`; ties stay.
+
+    logits: [vocabulary]; seed, positions, top_k: int64 [1]; temperature > 0, top_p: float32 [1].
+    """
+    scores = logits.float() / temperature
+    if filtered:
+        ordered = torch.sort(scores, descending=True).values
+        inside = torch.arange(ordered.shape[0], device=ordered.device) < top_k
+        ordered = ordered.masked_fill(~inside, float("-inf"))
+        chance = torch.softmax(ordered, dim=0)
+        kept = (torch.cumsum(chance, dim=0) - chance < top_p).sum().clamp(min=1)
+        threshold = torch.gather(ordered, 0, torch.minimum(kept, top_k) - 1)
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    top, index = torch.max(scores + gumbel(seed, positions, scores.shape[0]), dim=0)
+    token.copy_(torch.where(torch.isfinite(top), index, -1)[None])
+
+
+def gumbel(seed: Tensor, positions: Tensor, count: int) -> Tensor:
+    """float32 [count] standard Gumbel noise of Philox counters (entry, position), key seed."""
+    bits = philox(seed, positions, count)
+    uniform = (bits >> 8).float() * 2.0**-24 + 2.0**-25
+    return -torch.log(-torch.log(uniform))
+
+
+def philox(seed: Tensor, positions: Tensor, count: int) -> Tensor:
+    """First 32-bit word of Philox4x32-10 (Salmon et al., SC 2011) as int64 [count].
+
+    Counter (entry, position, 0, 0), key the two halves of seed: what `tl.philox(seed, entry, position, 0, 0)` gives.
+    int64 stands in for uint32: a product wraps modulo 2^64, and masking after the shift recovers its high word.
+    """
+    x0 = torch.arange(count, device=seed.device)
+    x1 = (positions & _MASK).expand(count)
+    x2 = x3 = torch.zeros_like(x0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        low, high = _PHILOX_MULTIPLIERS[0] * x0, _PHILOX_MULTIPLIERS[1] * x2
+        x0, x1, x2, x3 = (
+            ((high >> 32) & _MASK) ^ x1 ^ k0, high & _MASK, ((low >> 32) & _MASK) ^ x3 ^ k1, low & _MASK,
+        )
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
+    return x0
+
+
+REFERENCE: dict[str, Callable[..., Tensor | None]] = {
+    "attend": attend, "pad": pad, "advance": advance, "greedy": greedy, "sample": sample,
+}
+
+
+def register(namespace: str, table: dict[str, Callable[..., Tensor | None]]) -> torch.library.Library:
+    """Register `table` under `namespace` with the schemas above; the caller keeps the library alive."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, function in table.items():
+        library.define(name + SCHEMAS[name])
+        library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{namespace}::attend", _attend_shape, lib=library)
+    for name in table.keys() - {"attend"}:
+        torch.library.register_fake(f"{namespace}::{name}", lambda *_: None, lib=library)
+    return library
+
+
+def _attend_shape(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty((1, q.shape[2], q.shape[1], q.shape[3]))
+
+
+_LIBRARY = register("hybridlab", REFERENCE)

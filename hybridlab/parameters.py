@@ -1,0 +1,132 @@
+"""What a notebook takes: its one parameters cell, read as text, and the values given for it. Starts no kernel."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nbformat
+
+from hybridlab.config import RunConfig, build
+from hybridlab.errors import NotebookError, nearest
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """The notebook without anything that an earlier execution left in it."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        known = [other.name for other in path.parent.glob("*.ipynb")]
+        raise NotebookError(f"there is no notebook {str(path)!r}", "",
+                            nearest(path.name, known) if known else "") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
+        raise NotebookError(f"{str(path)!r} is no notebook", f"{type(error).__name__}: {error}"[:300],
+                            "give a Jupyter notebook (.ipynb, format 4)") from None
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", ())]
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+        cell.metadata.pop("execution", None)
+    return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells that a run must execute: code that is not empty."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
+    """What the one cell tagged `parameters` assigns, in its order."""
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    if len(tagged) != 1 or tagged[0].cell_type != "code":
+        raise NotebookError(f"{name} has {len(tagged)} cells tagged 'parameters'",
+                            "parameters enter through exactly one code cell",
+                            "tag that cell in JupyterLab's property inspector")
+    found: dict[str, Any] = {}
+    for statement in _parse(tagged[0].source, name).body:
+        pairs = _assignment(statement)
+        if pairs is None:
+            raise NotebookError(f"the parameters cell of {name} holds more than `name = literal`",
+                                ast.unparse(statement)[:200], "move it to a later cell")
+        found[pairs[0]] = pairs[1]
+    fields = {field.name for field in msgspec.structs.fields(RunConfig)}
+    for parameter in found:
+        if parameter not in fields:
+            raise NotebookError(f"the parameters cell of {name} assigns {parameter!r}",
+                                "parameters are fields of RunConfig", nearest(parameter, fields))
+    return found
+
+
+def _parse(source: str, name: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise NotebookError(f"the parameters cell of {name} is no Python", str(error),
+                            "write one `name = literal` a line") from None
+
+
+def _assignment(statement: ast.stmt) -> tuple[str, Any] | None:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target, value = statement.targets[0], statement.value
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        target, value = statement.target, statement.value
+    else:
+        return None
+    if not isinstance(target, ast.Name):
+        return None
+    try:
+        return target.id, ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> RunConfig:
+    """The notebook's defaults with `parameters` over them. Raises as `notebooks.check`."""
+    taken = defaults(notebook, name)
+    for parameter, value in parameters.items():
+        if not isinstance(parameter, str) or parameter not in taken:
+            shown = repr(parameter)[:80]
+            raise NotebookError(f"{name} takes no parameter {shown}", f"it takes {', '.join(taken) or 'none'}",
+                                nearest(str(parameter)[:80], taken) if taken else "")
+        _plain(parameter, value)
+    _single_owner(notebook, name, taken)
+    return build(RunConfig, taken | dict(parameters))
+
+
+def _plain(where: str, value: Any) -> None:
+    """Refuse what would reach the kernel as something else: papermill turns a tuple into a string, NaN into a name."""
+    kind = type(value)  # exactly: a numpy float is a subclass of float and prints as no literal
+    if kind is float and not math.isfinite(value):
+        raise NotebookError(f"{where} is {value}", "a parameter must be finite", "give a number")
+    if kind is str and any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise NotebookError(f"{where} holds half a surrogate pair", ascii(value)[:80], "give valid Unicode text")
+    if kind is list:
+        for index, item in enumerate(value):
+            _plain(f"{where}[{index}]", item)
+    elif kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise NotebookError(f"{where} has the key {key!r}", f"of type {type(key).__name__}", "use str keys")
+            _plain(f"{where}[{key!r}]", item)
+    elif kind not in (bool, int, float, str, type(None)):
+        raise NotebookError(f"{where} is a {kind.__module__}.{kind.__qualname__}",
+                            "a parameter is a bool, int, float, str, None, list, or dict with str keys",
+                            "give a list" if kind is tuple else "convert it first")
+
+
+def _single_owner(notebook: nbformat.NotebookNode, name: str, taken: Mapping[str, Any]) -> None:
+    """Refuse a notebook that assigns a parameter again outside its parameters cell: the value given would be lost."""
+    for cell in code_cells(notebook):
+        if "parameters" in cell.metadata.get("tags", ()):
+            continue
+        try:
+            nodes = list(ast.walk(ast.parse(cell.source)))
+        except (SyntaxError, ValueError):
+            continue  # a magic, or a mistake that the kernel will report with its line
+        stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        if again := sorted(stored & set(taken)):
+            raise NotebookError(f"{name} assigns {again[0]!r} outside its parameters cell",
+                                "the value given would be lost", "use another name there")

@@ -1,0 +1,34 @@
+"""Where things lie: the data that ships with the package, and where runs and figures go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def repository() -> Path | None:
+    """The source checkout this package runs from, or None when it was installed as a wheel."""
+    root = PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
+
+
+def data_dir() -> Path:
+    """The folder holding `models/tiny` and `prompts`: `data/` of the checkout, or its copy inside the wheel."""
+    root = repository()
+    return root / "data" if root else PACKAGE / "data"
+
+
+def runs_dir() -> Path:
+    """Where new runs go: $HYBRIDLAB_RUNS, else `data/runs/local` of the checkout, else `./runs`. Not created."""
+    if named := os.environ.get("HYBRIDLAB_RUNS"):
+        return Path(named).expanduser().absolute()
+    root = repository()
+    return root / "data" / "runs" / "local" if root else Path.cwd() / "runs"
+
+
+def figures_dir() -> Path:
+    """Where a person's own figures go: `figures/local` of the checkout, else `./figures`. Not created."""
+    root = repository()
+    return root / "figures" / "local" if root else Path.cwd() / "figures"

@@ -1,0 +1,280 @@
+"""Rows of one run as interactive Plotly figures, also as files without a browser. Never imports torch."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.offline import get_plotlyjs
+
+from hybridlab import static, stats
+from hybridlab.config import ARMS
+from hybridlab.errors import ConfigError, StatisticsError, choose
+from hybridlab.records import atomic_write
+
+COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
+SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
+FORMATS = ("html", "svg", "png")
+WIDTH, HEIGHT = 1000, 500   # px
+LONGEST = 160               # characters of a text from outside
+POINTS = 1000               # of one distribution line; more cannot be told apart at this size
+TOGETHER = 32               # positions that share one median
+MEDIAN_NEEDS = stats.needed(0.5)
+
+
+def ttft_by_length(rows: pd.DataFrame, caption: str) -> go.Figure:
+    """Median time to first token over the prompt length, a line an arm, bars: 95 % intervals."""
+    figure = _figure("Time to first token by prompt length", caption,
+                     "points: medians; " + _n_note(rows, "ttft", "a point"))
+    _ttft(figure, _metric(rows, "ttft"))
+    return figure
+
+
+def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
+    """Distribution of the gaps for each arm as the share that is longer, which shows the tail; p50, p99, intervals."""
+    own = _metric(rows, "itl")
+    figure = _figure("Gap between two tokens, all prompt lengths pooled", caption,
+                     f"markers: p50 and p99; {_n_note(rows, 'itl', 'an arm')}")
+    for arm in _arms(own):
+        sample = own.loc[own["arm"] == arm, "ms"].sort_values().tolist()
+        ranks = _spread(len(sample), POINTS)
+        figure.add_scatter(x=[sample[i] for i in ranks], y=[100 * (1 - i / len(sample)) for i in ranks], mode="lines",
+                           line={"color": COLOURS[arm], "width": 2, "shape": "hv"}, **_legend(arm),
+                           hovertemplate=f"{arm}: %{{y:.3g}} % take %{{x:.3g}} ms or longer<extra></extra>")
+        for q in (0.5, 0.99):
+            if len(sample) >= stats.needed(q):
+                _mark(figure, arm, stats.quantile(sample, q), q)
+    least = 100 / own.groupby("arm").size().max()
+    _log_axis(figure.update_xaxes, "gap between two tokens (ms, logarithmic)", own["ms"].min(), own["ms"].max(),
+              (1, 2, 5))
+    _log_axis(figure.update_yaxes, "gaps that take this long or longer (%)", least * 0.8, 120, (1,), (50,))
+    return figure
+
+
+def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
+    """Gaps over the position of their token: single gaps as dots, and a line of medians of 32 gaps in a row."""
+    own = _metric(rows, "itl")
+    top = _top(own["ms"].quantile(0.995))
+    beyond = int((own["ms"] > top).sum())
+    figure = _figure("Gap between two tokens by position in the sequence", caption,
+                     f"dots: single gaps{f' ({beyond} above {top:.3g} ms are not shown)' if beyond else ''}; lines: "
+                     f"medians over {TOGETHER} positions of one prompt length, bars: 95 % intervals")
+    for arm in _arms(own):
+        mine = own[own["arm"] == arm]
+        kept = mine.iloc[_spread(len(mine), POINTS)]
+        figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
+                           marker={"color": COLOURS[arm], "size": 4}, legendgroup=arm, showlegend=False,
+                           hoverinfo="skip")
+        groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
+        bins = sorted(((float(part["position"].median()), stats.quantile(part["ms"], 0.5)) for part in groups
+                       if len(part) >= MEDIAN_NEEDS), key=lambda found: found[0])
+        _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
+    figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")
+    figure.update_yaxes(title_text="gap between two tokens (ms)", range=[0, top])
+    return figure
+
+
+def ablation(rows: pd.DataFrame, caption: str) -> go.Figure:
+    """The four arms side by side: TTFT by prompt length on the left, gaps between tokens on the right."""
+    has_itl = (rows["metric"] == "itl").any()
+    note = "markers: medians; " + _n_note(rows, "ttft", "a point on the left")
+    if has_itl:
+        note += f"; right: {_n_note(rows, 'itl', 'an arm', intervals=False)}"
+    figure = _figure("Time to first token, and gap between the following tokens", caption, note)
+    figure.update_layout(xaxis_domain=[0, 0.56], xaxis2={"domain": [0.68, 1], "anchor": "y2", **_AXIS},
+                         yaxis2={"anchor": "x2", **_AXIS})
+    _ttft(figure, _metric(rows, "ttft"))
+    if has_itl:
+        _itl_panel(figure, _metric(rows, "itl"))
+    return figure
+
+
+def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Writes stem.html (interactive, opens offline with plotly.min.js beside it), stem.svg and stem.png.
+
+    No browser is used: SVG and PNG come from the same figure through `static`, and are the same bytes each time.
+    """
+    for name in formats:
+        choose("format", name, FORMATS)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in formats:
+        path = stem.with_name(f"{stem.name}.{name}")
+        if name == "html":
+            atomic_write(path, _page(figure, stem.name))
+            script = get_plotlyjs().encode()
+            library = stem.parent / "plotly.min.js"
+            if not library.exists() or library.stat().st_size != len(script):
+                atomic_write(library, script)
+        else:
+            atomic_write(path, static.svg(figure) if name == "svg" else static.png(figure))
+        written.append(path)
+    return written
+
+
+def escape(text: str) -> str:
+    """Text from outside as plain text in a figure: no markup, no formula, no control characters, not endless."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:LONGEST + 1])
+    shown = shown if len(shown) <= LONGEST else shown[:LONGEST - 1] + "…"
+    return html.escape(shown).replace("$", "&#36;")
+
+
+_AXIS: dict[str, Any] = {"showgrid": True, "gridcolor": "#E6E6E6", "showline": True, "linecolor": "#4D4D4D",
+                         "zeroline": False, "ticks": "outside"}
+
+
+def _figure(title: str, caption: str, note: str) -> go.Figure:
+    """An empty figure in the house style; the caption stands under the title, the note under the plot."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="none", width=WIDTH, height=HEIGHT, margin={"l": 70, "r": 25, "t": 115, "b": 100}, showlegend=True,
+        font={"family": "DejaVu Sans, Verdana, sans-serif", "size": 14, "color": "#222222"},
+        paper_bgcolor="#FFFFFF", plot_bgcolor="#FFFFFF", hovermode="closest",
+        title={"text": html.escape(title), "x": 0.0, "xref": "paper", "xanchor": "left", "y": 0.955,
+               "yanchor": "top", "font": {"size": 19},
+               "subtitle": {"text": escape(caption), "font": {"size": 13, "color": "#666666"}}},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom"},
+        xaxis={"anchor": "y", "domain": [0, 1], **_AXIS}, yaxis={"anchor": "x", **_AXIS})
+    figure.add_annotation(text=html.escape(note), xref="paper", yref="paper", x=0, y=-0.25, xanchor="left",
+                          yanchor="top", showarrow=False, font={"size": 12, "color": "#666666"})
+    return figure
+
+
+def _page(figure: go.Figure, name: str) -> str:
+    return pio.to_html(figure, include_plotlyjs="directory", include_mathjax=False, full_html=True,
+                       div_id=f"figure-{html.escape(name, quote=True)}", config={"displaylogo": False})
+
+
+def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    stats.one_run(rows)
+    own = rows[rows["metric"] == metric]
+    if own.empty:
+        raise StatisticsError(f"there are no rows of metric {metric!r}", f"{len(rows)} rows",
+                              "set itl_repeats and new_tokens above 1" if metric == "itl" else "measure a run first")
+    return own
+
+
+def _arms(rows: pd.DataFrame) -> list[str]:
+    there = set(rows["arm"].unique())
+    for arm in there:
+        choose("arm", arm, ARMS)
+    return [arm for arm in ARMS if arm in there]
+
+
+def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
+    top = 0.0
+    for arm in _arms(own):
+        mine = own[own["arm"] == arm]
+        cells = [(int(length), part["ms"]) for length, part in mine.groupby("prompt_tokens")]
+        known = [(length, stats.quantile(ms, 0.5)) for length, ms in cells if len(ms) >= MEDIAN_NEEDS]
+        if known:
+            _line(figure, arm, [x for x, _ in known], [estimate for _, estimate in known], "%{x} prompt tokens")
+        else:  # too few for a median with an interval: show what there is, value by value
+            figure.add_scatter(x=mine["prompt_tokens"].tolist(), y=mine["ms"].tolist(), mode="markers",
+                               marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 6}, **_legend(arm))
+        top = max([top, *(estimate.high for _, estimate in known)] if known else [top, float(mine["ms"].max())])
+    figure.update_xaxes(title_text="prompt length (tokens)", selector={"anchor": "y"})
+    figure.update_yaxes(title_text="time to first token (ms)", range=[0, _top(top)], selector={"anchor": "x"})
+
+
+def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
+    """p50 and p99 of each arm side by side; how many times faster than eager stands under the arm's name."""
+    table = stats.summary(own, arms=_arms(own))
+    cells = [cell for cell in table[table["prompt_tokens"] == "all"].itertuples() if cell.p50 is not None]
+    has_p99 = any(cell.p99 is not None for cell in cells)
+    for place, cell in enumerate(cells):
+        aside = 0.16 if cell.p99 is not None else 0.0
+        _dot(figure, place - aside, (cell.p50, cell.p50_low, cell.p50_high), cell.arm, "p50", 10)
+        if cell.p99 is not None:
+            _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
+    compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
+    names = [cell.arm + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
+             for cell in cells]
+    heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
+    figure.update_layout(
+        xaxis2={"tickvals": list(range(len(cells))), "ticktext": names, "range": [-0.6, max(len(cells), 1) - 0.4],
+                "title": {"text": "×: times as fast as eager, p50" if compared else ""}},
+        yaxis2={"title": {"text": f"gap between tokens (ms): p50{', –: p99' if has_p99 else ''}"},
+                "range": [0, _top(max(heights, default=1))]})
+
+
+def _dot(figure: go.Figure, place: float, three: tuple[float, float, float], arm: str, name: str, size: int) -> None:
+    value, low, high = three
+    symbol = SYMBOLS[arm] if name == "p50" else "line-ew-open"
+    figure.add_scatter(x=[place], y=[value], xaxis="x2", yaxis="y2", mode="markers", legendgroup=arm, showlegend=False,
+                       marker={"color": COLOURS[arm], "symbol": symbol, "size": size},
+                       error_y=_bars([value], [low], [high], COLOURS[arm]),
+                       hovertemplate=f"{arm} {name}: %{{y:.3f}} ms [{low:.3f}, {high:.3f}]<extra></extra>")
+
+
+def _line(figure: go.Figure, arm: str, x: list[Any], estimates: list[stats.Estimate], where: str) -> None:
+    figure.add_scatter(
+        x=x, y=[estimate.value for estimate in estimates], mode="lines+markers",
+        line={"color": COLOURS[arm], "width": 2},
+        marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 7}, **_legend(arm),
+        error_y=_bars([estimate.value for estimate in estimates], [estimate.low for estimate in estimates],
+                      [estimate.high for estimate in estimates], COLOURS[arm]),
+        customdata=[[estimate.low, estimate.high, estimate.n] for estimate in estimates],
+        hovertemplate=f"{arm}, {where}: %{{y:.3f}} ms [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}], "
+                      "n = %{customdata[2]}<extra></extra>")
+
+
+def _mark(figure: go.Figure, arm: str, estimate: stats.Estimate, q: float) -> None:
+    figure.add_scatter(x=[estimate.value], y=[100 * (1 - q)], mode="markers", legendgroup=arm, showlegend=False,
+                       marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 9},
+                       error_x=_bars([estimate.value], [estimate.low], [estimate.high], COLOURS[arm]),
+                       hovertemplate=f"{arm} p{100 * q:g}: %{{x:.3f}} ms [{estimate.low:.3f}, {estimate.high:.3f}], "
+                                     f"n = {estimate.n}<extra></extra>")
+
+
+def _bars(values: list[float], lows: list[float], highs: list[float], colour: str) -> dict[str, Any]:
+    return {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4,
+            "array": [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
+            "arrayminus": [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]}
+
+
+def _legend(arm: str) -> dict[str, Any]:
+    return {"name": arm, "legendgroup": arm, "showlegend": True}
+
+
+def _n_note(rows: pd.DataFrame, metric: str, unit: str, intervals: bool = True) -> str:
+    own = rows[rows["metric"] == metric]
+    keys = ["arm", "prompt_tokens"] if metric == "ttft" else ["arm"]
+    counts = own.groupby(keys).size()
+    if counts.empty:
+        return ""
+    least, most = int(counts.min()), int(counts.max())
+    note = f"n = {least:,}{f' to {most:,}' if most != least else ''} {unit}"
+    if metric == "itl" and least < stats.needed(0.99):
+        note += f", p99 needs {stats.needed(0.99)}"
+    if least < MEDIAN_NEEDS:
+        return f"{note}: too few for intervals, single values are shown"
+    return f"{note}; bars: 95 % intervals" if intervals else note
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` indices over range(count), evenly, with both ends."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def _top(value: float) -> float:
+    return float(value) * 1.12 or 1.0
+
+
+def _log_axis(update: Any, title: str, low: float, high: float, steps: Sequence[int],
+              more: Sequence[float] = ()) -> None:
+    if not 0 < low <= high:
+        raise ConfigError(f"a logarithmic axis cannot show {low:g}", "times must be positive")
+    low, high = low * 0.95, high * 1.05
+    ticks = sorted([float(f"{step}e{power}") for power in range(-9, 9) for step in steps] + list(more))
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    update(title_text=title, type="log", range=[math.log10(low), math.log10(high)], tickvals=ticks,
+           ticktext=[f"{tick:g}" for tick in ticks])

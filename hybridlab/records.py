@@ -1,0 +1,288 @@
+"""A run directory: config, environment, rows in Parquet, and a manifest that is the only proof of completion.
+
+Every file is written whole or not at all. Rows arrive as one part a round, so that finished rounds survive a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hybridlab import environment, paths
+from hybridlab.config import RunConfig, as_dict, build
+from hybridlab.errors import RunError
+
+Status = Literal["complete", "failed"]
+RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
+MANIFEST, ROWS, PARTS, CONFIG, ENVIRONMENT, FAILURE = (
+    "manifest.json", "rows.parquet", "parts", "config.json", "environment.json", "failure.json")
+TEMPORARY = ".writing-"
+
+SCHEMA = pa.schema([
+    pa.field("run_id", pa.string(), nullable=False),
+    pa.field("round", pa.int64(), nullable=False),
+    pa.field("request", pa.int64(), nullable=False),
+    pa.field("arm", pa.string(), nullable=False),
+    pa.field("policy", pa.string(), nullable=False),
+    pa.field("prompt_tokens", pa.int64(), nullable=False),
+    pa.field("bucket", pa.int64()),                       # null: no bucket was used
+    pa.field("index", pa.int64(), nullable=False),
+    pa.field("position", pa.int64(), nullable=False),
+    pa.field("metric", pa.string(), nullable=False),
+    pa.field("ms", pa.float64(), nullable=False),
+    pa.field("path", pa.string(), nullable=False),
+    pa.field("reason", pa.string(), nullable=False),
+    pa.field("captures", pa.int64(), nullable=False),
+    pa.field("compiles", pa.int64(), nullable=False),
+])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as found on disk. `status` is "complete", "failed", or "incomplete" when no manifest was written."""
+
+    path: Path
+    run_id: str
+    config: RunConfig
+    environment: dict[str, Any]
+    status: str
+    reason: str
+    rows: pd.DataFrame
+
+
+class Run:
+    """A run being recorded. Owned by one process; `append` after each round, `finish` once."""
+
+    def __init__(self, path: Path, *, joined: bool) -> None:
+        self.path, self.id, self.joined = path, path.name, joined
+        self.finished = False
+        self._parts = 0
+        self._started = _now()
+
+    @classmethod
+    def create(cls, config: RunConfig, root: Path | None = None, run_id: str | None = None) -> Run:
+        """Makes `<root>/<machine>/<run_id>/` with config.json and environment.json, and never touches an older run.
+
+        Without a root, runs go where `paths.runs_dir` says.
+        When HYBRIDLAB_RUN is set, joins that directory instead: the outer process owns it and writes its manifest.
+        Raises: RunError if the directory is there already, or has been joined before.
+        """
+        report = environment.report()
+        outer = os.environ.get(RUN_VARIABLE)
+        if outer:
+            run = cls(_joinable(Path(outer)), joined=True)
+        else:
+            gpus = None if config.device == "cpu" else report["gpu"]
+            machine = environment.slug(gpus, report["cpu"])
+            run = cls((root or paths.runs_dir()) / machine / (run_id or _new_id()), joined=False)
+            _make(run.path, "a run is never overwritten")
+        atomic_write(run.path / CONFIG, _json(as_dict(config)))
+        atomic_write(run.path / ENVIRONMENT, _json(report))
+        return run
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Stores rows as one atomic Parquet part; `run_id` is filled in. Raises RunError for rows out of schema."""
+        if self.finished:
+            raise RunError(f"run {self.id} is finished", "rows were appended after finish", "create a new run")
+        table = _table([{**row, "run_id": self.id} for row in rows])
+        if table.num_rows == 0:
+            return
+        (self.path / PARTS).mkdir(exist_ok=True)
+        atomic_write(self.path / PARTS / f"{self._parts:06d}.parquet", _parquet(table))
+        self._parts += 1
+
+    def finish(self, status: Status, reason: str = "", extra: Mapping[str, Any] | None = None) -> str:
+        """Merges the parts into rows.parquet and writes the manifest last. Returns the status that was recorded.
+
+        In a joined run only rows are merged, and a failure is noted for the owner of the directory: the owner's
+        "complete" then becomes "failed". Raises: RunError on a second finish or an unknown status.
+        """
+        if status not in ("complete", "failed"):
+            raise RunError(f"{status!r} is no status of a finished run", "", "use 'complete' or 'failed'")
+        if self.finished or (self.path / MANIFEST).exists():
+            raise RunError(f"run {self.id} is finished already", "", "a run is finished once")
+        merged = _merge(self.path)
+        self.finished = True
+        if self.joined:
+            if status == "failed":
+                atomic_write(self.path / FAILURE, _json({"reason": reason}))
+            return status
+        if (self.path / FAILURE).exists() and status == "complete":
+            status, reason = "failed", str(_load(self.path / FAILURE).get("reason", ""))
+        manifest = {"run_id": self.id, "status": status, "reason": reason, "rows": merged, "started": self._started,
+                    "finished": _now(), "files": _hashes(self.path), "extra": dict(extra or {})}
+        atomic_write(self.path / MANIFEST, _json(manifest))
+        return status
+
+
+def read(path: Path | str) -> Recorded:
+    """A recorded run, checked against its manifest. Without a manifest it is "incomplete", with the rows so far.
+
+    Raises: RunError naming the file that is missing, damaged or was changed after the run.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise RunError(f"{path} is no run directory", f"{CONFIG} is missing", "give <root>/<machine>/<run_id>")
+    manifest: dict[str, Any] = {"run_id": path.name, "status": "incomplete",
+                                "reason": f"{MANIFEST} was never written: the run is going on or was killed"}
+    if (path / MANIFEST).exists():
+        manifest = _load(path / MANIFEST)
+        _verify(path, manifest)
+    table = _rows(path)
+    if "rows" in manifest and manifest["rows"] != table.num_rows:
+        raise RunError(f"{path / ROWS} holds {table.num_rows} rows", f"its manifest says {manifest['rows']}",
+                       "restore the files of this run")
+    frame = table.to_pandas().astype({"bucket": "Int64"})
+    return Recorded(path, str(manifest["run_id"]), build(RunConfig, _load(path / CONFIG)),
+                    _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Replaces `path` by `content` in one step: after a crash or a full disk it holds the old bytes or the new ones."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a directory
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _joinable(path: Path) -> Path:
+    if not path.is_dir() or (path / MANIFEST).exists():
+        raise RunError(f"{RUN_VARIABLE} names {path}", "it is no open run directory",
+                       f"unset {RUN_VARIABLE} to record a run of its own")
+    if (path / ROWS).exists():
+        raise RunError(f"{path} holds a run already", "a notebook records one run", "use one notebook an experiment")
+    _make(path / PARTS, "a notebook records one run; use one notebook an experiment")
+    return path
+
+
+def _make(path: Path, remedy: str) -> None:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise RunError(f"{path} is there already", "", remedy) from None
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    known = set(SCHEMA.names)
+    for row in rows:
+        wrong = known.symmetric_difference(row)
+        if wrong:
+            raise RunError(f"a row has the wrong fields: {', '.join(sorted(wrong))}", "", f"fields are {SCHEMA.names}")
+        if not 0 <= row["ms"] < float("inf"):
+            raise RunError(f"a row has ms = {row['ms']}", f"{row['arm']}, request {row['request']}",
+                           "a time is finite and not negative")
+    try:
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        table.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise RunError("a row does not fit the schema", str(error)) from None
+    for field in SCHEMA:
+        if not field.nullable and table.column(field.name).null_count:
+            raise RunError(f"a row has no {field.name}", "", "only bucket may be empty")
+    return table
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _rows(path: Path) -> pa.Table:
+    """rows.parquet when it was merged, else the parts: a crash between the two leaves either whole."""
+    files = [path / ROWS] if (path / ROWS).exists() else sorted((path / PARTS).glob("[0-9]*.parquet"))
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.ParquetFile(file).read().cast(SCHEMA))
+        except (pa.ArrowException, ValueError) as error:
+            raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def _merge(path: Path) -> int:
+    table = _rows(path)
+    if not (path / ROWS).exists():
+        atomic_write(path / ROWS, _parquet(table))
+    shutil.rmtree(path / PARTS, ignore_errors=True)
+    return int(table.num_rows)
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(TEMPORARY))
+    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(path: Path, manifest: dict[str, Any]) -> None:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest):
+        raise RunError(f"{path / MANIFEST} is no manifest", "fields are missing", "restore this file of the run")
+    for name, digest in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise RunError(f"{path / MANIFEST} names {name!r}", "it lies outside the run", "do not trust this run")
+        if not file.is_file():
+            raise RunError(f"{file} is missing", f"{MANIFEST} lists it", "restore the files of this run")
+        if _sha256(file) != digest:
+            raise RunError(f"{file} was changed after the run", "its sha256 differs from the manifest",
+                           "restore the file; a measured run is never edited")
+    if ROWS not in files or CONFIG not in files or ENVIRONMENT not in files:
+        raise RunError(f"{path / MANIFEST} does not list {ROWS}, {CONFIG} and {ENVIRONMENT}", "",
+                       "restore this file of the run")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read", str(error), "restore this file of the run") from None
+    if not isinstance(loaded, dict):
+        raise RunError(f"{path} holds {type(loaded).__name__}", "an object was expected", "restore this file")
+    return loaded
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _new_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -1,0 +1,153 @@
+"""Recorded runs as tables and figures: the same cells for a terminal, for Markdown and for the check of the README."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridlab import plots
+from hybridlab.config import ARMS
+from hybridlab.stats import needed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from hybridlab.experiment import Result
+
+NONE = "–"
+WORDS = {"ttft": "time to first token", "itl": "gap between tokens"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finished table: a title, a header, rows of text as wide as the header, and one sentence on how to read it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str
+
+    def markdown(self) -> str:
+        """The table and its note in Markdown, with numbers to the right."""
+        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
+        table = "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
+        return f"{table}\n\n{_escape(self.title)}. {_escape(self.note)}\n"
+
+    def rich(self) -> Table:
+        """The same for a terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=escape(self.title), caption=escape(self.note), title_justify="left",
+                      caption_justify="left")
+        for index, name in enumerate(self.header):
+            table.add_column(escape(name), justify="right" if index else "left", no_wrap=not index)
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+
+def ablation(result: Result) -> Grid:
+    """All prompt lengths pooled: one row an arm, TTFT and ITL at p50 and p99, and how many times faster than eager."""
+    cells = _cells(result.table())
+    rows = []
+    for arm in _arms(result):
+        row = [arm]
+        for metric in ("ttft", "itl"):
+            cell = cells.get((arm, "all", metric), {})
+            row += [_interval(cell, "p50"), _interval(cell, "p99"), "1" if arm == "eager" else _ratio(cell)]
+        rows.append(row)
+    header = ["arm", "TTFT p50, ms", "TTFT p99, ms", "× eager", "ITL p50, ms", "ITL p99, ms", "× eager"]
+    return Grid(f"Ablation · {result.caption}", header, rows,
+                f"All prompt lengths pooled; 95 % intervals; p99 only where n ≥ {needed(0.99)}; "
+                "× eager is how many times faster than eager in the same interleaved run.")
+
+
+def by_length(result: Result, metric: str) -> Grid:
+    """One row a prompt length, one column an arm: the median of `metric` ("ttft" or "itl") and the ratio to eager."""
+    table = result.table()
+    cells = _cells(table)
+    arms = _arms(result)
+    lengths = sorted({length for _, length, kind in cells if kind == metric and length != "all"})
+    rows = []
+    for length in lengths:
+        found = [cells.get((arm, length, metric), {}) for arm in arms]
+        rows.append([str(length), *(_with_ratio(cell, arm) for cell, arm in zip(found, arms, strict=True))])
+    header = ["prompt tokens", *(f"{arm}, ms" for arm in arms)]
+    return Grid(f"{metric.upper()} by prompt length · {result.caption}", header, rows,
+                f"Median {WORDS[metric]} with 95 % interval, then how many times faster than eager.")
+
+
+GRIDS: dict[str, Callable[[Result], Grid]] = {
+    "ablation": ablation,
+    "ttft": lambda result: by_length(result, "ttft"),
+    "itl": lambda result: by_length(result, "itl"),
+}
+
+FIGURES: dict[str, tuple[str, Callable[..., Any]]] = {  # name: (the metric that it cannot do without, how it is drawn)
+    "ablation": ("ttft", plots.ablation),
+    "ttft_by_length": ("ttft", plots.ttft_by_length),
+    "itl_by_arm": ("itl", plots.itl_by_arm),
+    "itl_by_position": ("itl", plots.itl_by_position),
+}
+
+
+def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS) -> Iterator[Path]:
+    """Write every figure that the run has rows for into `folder`; yields each file as it is there."""
+    there = set(result.rows["metric"])
+    for name, (metric, figure) in FIGURES.items():
+        if metric in there:
+            yield from plots.write(figure(result.rows, result.caption), folder / name, formats)
+
+
+def _arms(result: Result) -> list[str]:
+    there = set(result.rows["arm"])
+    return [arm for arm in ARMS if arm in there]
+
+
+def _cells(table: pd.DataFrame) -> dict[tuple[str, Any, str], dict[str, Any]]:
+    return {(line["arm"], line["prompt_tokens"], line["metric"]): line for line in table.to_dict("records")}
+
+
+def _interval(cell: dict[str, Any], name: str) -> str:
+    value, low, high = _three(cell, name, f"{name}_low", f"{name}_high")
+    if _absent(value):
+        return NONE
+    if _absent(low) or _absent(high):
+        return _number(value)
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+
+def _ratio(cell: dict[str, Any]) -> str:
+    value, low, high = _three(cell, "ratio_to_eager", "ratio_low", "ratio_high")
+    return NONE if _absent(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _with_ratio(cell: dict[str, Any], arm: str) -> str:
+    text = _interval(cell, "p50")
+    value = cell.get("ratio_to_eager")
+    return text if arm == "eager" or _absent(value) else f"{text} {value:.2f}×"
+
+
+def _three(cell: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    return tuple(cell.get(name) for name in names)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never in exponents."""
+    digits = 3 if value <= 0 else min(4, max(0, 2 - math.floor(math.log10(value))))
+    return f"{value:.{digits}f}"
+
+
+def _escape(text: str) -> str:
+    """Text as Markdown shows it literally inside a table: model names come from outside."""
+    return re.sub(r"([\\|<>*_`&])", r"\\\1", text)

@@ -1,0 +1,79 @@
+"""A request as checked data: prompt ids, how many tokens, how they are drawn, where to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hybridlab.config import Sampling, build
+from hybridlab.errors import PromptError
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call of `generate` asks for; `ids` fit the model and, with the new tokens, the KV cache."""
+
+    ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: frozenset[int]
+
+
+def request(model: PreTrainedModel, prompt: Any, max_len: int, max_new_tokens: int, stop: Iterable[int] | None,
+            **sampling: Any) -> Request:
+    """Check everything before any work. Raises `PromptError` or `ConfigError`, with the bound that was broken."""
+    vocabulary = model.config.vocab_size
+    ids = _encode(model, prompt) if isinstance(prompt, str) else _as_ids("prompt", prompt, vocabulary)
+    if not ids:
+        raise PromptError("the prompt is empty", "there is no last token to continue from", "give at least one token")
+    if not _is_int(max_new_tokens) or max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens is {max_new_tokens!r}", "it must be a whole number", "give 1 or more")
+    if len(ids) + max_new_tokens > max_len:
+        raise PromptError(f"{len(ids)} prompt tokens and {max_new_tokens} new ones do not fit",
+                          f"the KV cache holds {max_len} tokens", "shorten the prompt, ask for fewer new tokens, "
+                          "or raise max_len up to the model's context")
+    ends = _end_tokens(model) if stop is None else _as_ids("stop", stop, vocabulary)
+    return Request(ids=ids, max_new_tokens=max_new_tokens, sampling=build(Sampling, sampling), stop=frozenset(ends))
+
+
+def _encode(model: PreTrainedModel, text: str) -> list[int]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise PromptError("the prompt is text and the model has no tokenizer", model.name_or_path, "give token ids")
+    if not text:
+        raise PromptError("the prompt is empty", "", "give some text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError("the prompt is not valid text", f"character {error.start} is a lone surrogate",
+                          "decode it properly first") from None
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def _as_ids(name: str, values: Any, vocabulary: int) -> list[int]:
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise PromptError(f"{name} is {type(values).__name__}", "it must be a list of token ids",
+                          "give whole numbers" if name == "stop" else "give text or whole numbers")
+    values = list(values)
+    for index, value in enumerate(values):
+        if not _is_int(value) or not 0 <= value < vocabulary:
+            raise PromptError(f"{name}[{index}] is {value!r}",
+                              f"token ids are whole numbers from 0 to {vocabulary - 1}", "use the model's tokenizer")
+    return [int(value) for value in values]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -1,0 +1,206 @@
+"""Prefill, decode and sampling: one runtime is one arm of the ablation, serving one request at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hybridlab import kernels, models
+from hybridlab.buckets import bucket_for, ladder
+from hybridlab.config import RuntimeConfig, build
+from hybridlab.counters import Counters
+from hybridlab.errors import ConfigError, EngineBusy, NonFinite, RuntimeClosed
+from hybridlab.executors import Step, executor
+from hybridlab.lowering import twin
+from hybridlab.partitioning import partition
+from hybridlab.request import Request, request
+
+DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token: `path` is what ran its forward; `ms` is from the request (first token) or from the moment the
+    consumer asked for it (further tokens) until its id was on the host."""
+
+    id: int
+    text: str | None
+    path: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `generate` gives. `ids` are the new tokens, an end token included, as transformers' `generate` has it.
+
+    ttft_ms: token ids on the host → first new id on the host. itl_ms: the gaps between following ids.
+    """
+
+    ids: list[int]
+    text: str | None
+    ttft_ms: float
+    itl_ms: list[float]
+    paths: list[str]
+    reasons: list[str]
+    bucket: int | None
+
+
+class Runtime:
+    """One arm over one model. See `RuntimeConfig` for the settings; each is checked before any work starts.
+
+    `model` is whatever `hybridlab.load` takes; an instantiated model is never changed. A context manager.
+    """
+
+    def __init__(self, model: Any, arm: str = "hybrid", policy: str = "whole", device: str = "auto",
+                 dtype: str | None = None, kernels: str = "auto", buckets: Iterable[int] | None = None,
+                 capture: str = "async", cache_bytes: int | None = None, max_len: int | None = None,
+                 fallback: str = "jit", process: str = "here") -> None:
+        self.config = build(RuntimeConfig, {
+            "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels,
+            "buckets": None if buckets is None else tuple(buckets), "capture": capture, "cache_bytes": cache_bytes,
+            "max_len": max_len, "fallback": fallback, "process": process,
+        })
+        self.model = _ready(models.load(model, device=device, dtype=dtype))
+        self.device: torch.device = self.model.device
+        context = self.model.config.max_position_embeddings
+        self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
+        if self.max_len > context:
+            raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
+        self.buckets = ladder(self.config.buckets, self.max_len)
+        self.counters = Counters()
+        self.plan = partition(self.model, None if arm == "eager" else policy).for_arm(arm)
+        self._executor = executor(self.model, self.plan, self.config, self.buckets, self.max_len, self.counters)
+        self._busy = threading.Lock()
+        self._closed = False
+        if capture == "ahead":
+            self.warm_up(self.buckets)
+
+    def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
+                 top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+                 stop: Iterable[int] | None = None) -> Output:
+        """Continue `prompt` (text, or token ids). temperature 0 is greedy; stop=None stops at the model's own end
+        tokens, stop=[] never. Sampled tokens depend on (seed, position) only, so every arm draws the same ones."""
+        asked = self._request(prompt, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        taken = list(self._serve(asked))
+        ids = [step.id for step, _ in taken]
+        return Output(
+            ids=ids, text=self._text(ids), ttft_ms=taken[0][1], itl_ms=[ms for _, ms in taken[1:]],
+            paths=[step.path for step, _ in taken], reasons=[step.reason for step, _ in taken],
+            bucket=self.bucket_for(len(asked.ids)),
+        )
+
+    def stream(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
+               top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+               stop: Iterable[int] | None = None) -> Iterator[Token]:
+        """As `generate`, token by token. Bad input is refused here, before the first token is asked for."""
+        asked = self._request(prompt, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        return self._stream(asked)
+
+    def _stream(self, asked: Request) -> Iterator[Token]:
+        ids: list[int] = []
+        shown = ""
+        for step, ms in self._serve(asked):
+            ids.append(step.id)
+            text = self._text(ids)
+            piece = None
+            if text is not None:
+                # A character may span several tokens: hold its bytes back until it is whole.
+                whole = text.rstrip("\ufffd") if len(ids) < asked.max_new_tokens else text
+                piece, shown = whole[len(shown):], max(shown, whole, key=len)
+            yield Token(step.id, piece, step.path, ms)
+
+    def warm_up(self, lengths: Iterable[int], temperature: float = 0.0, top_k: int | None = None,
+                top_p: float | None = None) -> None:
+        """Capture and compile all that prompts of these lengths need, and sampling of this kind."""
+        lengths = sorted({n for n in lengths if 0 < n < self.max_len})
+        with self._owned():
+            self._executor.capture_for(lengths)
+        for length in {self.bucket_for(n) or n: n for n in lengths}.values():
+            new = min(2, self.max_len - length)
+            self.generate([0] * length, max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, stop=[])
+
+    def bucket_for(self, length: int) -> int | None:
+        """The bucket that a prompt of `length` tokens is padded to; None in arm eager, and beyond the largest."""
+        return None if self.config.arm == "eager" else bucket_for(length, self.buckets)
+
+    def close(self) -> None:
+        """Drop graphs and buffers. The runtime serves nothing afterwards; closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._executor.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _request(self, prompt: Any, max_new_tokens: int, stop: Iterable[int] | None, temperature: float,
+                 top_k: int | None, top_p: float | None, seed: int) -> Request:
+        if self._closed:
+            raise RuntimeClosed("this runtime was closed", "", "make a new Runtime")
+        return request(self.model, prompt, self.max_len, max_new_tokens, stop,
+                       temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+    def _serve(self, asked: Request) -> Iterator[tuple[Step, float]]:
+        """The steps of one request with their milliseconds, timed from when each is asked for."""
+        with self._owned():
+            try:
+                start = time.perf_counter_ns()
+                with torch.no_grad():
+                    self._executor.start(asked.sampling)
+                    step = self._executor.prefill(asked.ids)
+                for index in range(asked.max_new_tokens):
+                    if index:
+                        start = time.perf_counter_ns()
+                        with torch.no_grad():
+                            step = self._executor.decode()
+                    ms = (time.perf_counter_ns() - start) / 1e6
+                    if step.id < 0:
+                        raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
+                                        f"arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
+                                        "check the weights, or use a wider dtype")
+                    yield step, ms
+                    if step.id in asked.stop:
+                        return
+            finally:
+                with torch.no_grad():
+                    self._executor.finish()
+
+    def _owned(self) -> _Owned:
+        return _Owned(self._busy, self.counters)
+
+    def _text(self, ids: list[int]) -> str | None:
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None:
+            return None
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+class _Owned:
+    """Exclusive use of a runtime; compilations that happen meanwhile are its own."""
+
+    def __init__(self, busy: threading.Lock, counters: Counters) -> None:
+        self.busy, self.counters = busy, counters
+
+    def __enter__(self) -> None:
+        if not self.busy.acquire(blocking=False):
+            raise EngineBusy("this runtime is serving another request", "a runtime serves one at a time",
+                             "finish or close the other stream first, or make another Runtime")
+        self.before = kernels.compiles()
+
+    def __exit__(self, *_: object) -> None:
+        self.counters.compiles += kernels.compiles() - self.before
+        self.busy.release()
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode; one left in training mode keeps its mode, and a twin of the same weights serves."""
+    return twin(model) if model.training else model

@@ -1,0 +1,101 @@
+"""What a person sees in a terminal: errors in three lines, a streamed continuation, and the report of the machine."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PromptError
+
+REFUSED = (ConfigError, ModelError, PromptError, NotebookError)  # raised before work starts
+COLOURS = {"graph": "blue", "jit": "dark_orange", "eager": "grey50"}
+DONE, FAILED, REFUSAL, INTERRUPTED = 0, 1, 2, 130
+
+err = Console(stderr=True)
+
+
+@contextmanager
+def errors(debug: bool = False) -> Iterator[None]:
+    """Say what went wrong in a few lines on stderr and leave with an exit code that means something."""
+    try:
+        yield
+    except HybridlabError as error:
+        if debug:
+            err.print_exception()
+        for name, text in (("error", error.fact), ("where", error.context), ("try", error.remedy)):
+            if text:
+                err.print(f"[b]{name:>5}[/b]  {escape(printable(text))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(REFUSAL if isinstance(error, REFUSED) else FAILED) from None
+    except KeyboardInterrupt:
+        err.print("interrupted; what was finished is kept")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def stream(tokens: Iterable[Any]) -> list[Any]:
+    """Write each token to stdout as it comes: its text, or its id where the model has no tokenizer."""
+    seen = []
+    for token in tokens:
+        seen.append(token)
+        sys.stdout.write(printable(token.text) if token.text is not None else f"{token.id} ")
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return seen
+
+
+def timing(tokens: list[Any], arm: str) -> None:
+    """One dim line on stderr: TTFT, median ITL, and how many tokens each path made."""
+    if not tokens:
+        return
+    gaps = [token.ms for token in tokens[1:]]
+    paths = ", ".join(f"{path} {count}" for path, count in Counter(token.path for token in tokens).most_common())
+    itl = f"median ITL {statistics.median(gaps):.2f} ms · " if gaps else ""
+    err.print(f"{arm} · TTFT {tokens[0].ms:.2f} ms · {itl}{len(tokens)} tokens by path: {paths}", style="dim",
+              highlight=False, markup=False)
+
+
+def list_paths(tokens: list[Any]) -> None:
+    """A table on stderr: for each token the path that made it, its time and its text."""
+    table = Table("token", "path", "ms", "text")
+    for index, token in enumerate(tokens):
+        text = repr(token.text) if token.text is not None else str(token.id)
+        colour = COLOURS.get(token.path, "default")
+        table.add_row(str(index), f"[{colour}]{escape(token.path)}[/]", f"{token.ms:.2f}", escape(printable(text)))
+    err.print(table)
+
+
+def machine(found: dict[str, Any], missing: list[str]) -> None:
+    """The report of `environment.report` as a table on stdout, then what does not work here."""
+    table = Table(title="environment", title_justify="left", show_header=False)
+    for name, value in found.items():
+        if name not in ("versions", "failed"):
+            table.add_row(escape(name), escape(_shown(value)))
+    for name, value in found["versions"].items():
+        table.add_row(escape(name), escape(value or "not installed"))
+    for name, reason in found["failed"].items():
+        table.add_row(f"[red]{escape(name)}[/red]", escape(f"could not be read: {reason}"))
+    out = Console()
+    out.print(table)
+    for sentence in missing:
+        out.print(f"• {escape(sentence)}", highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model or a file name must not drive the terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_shown(item) for item in value) or "none"
+    return "unknown" if value is None else str(value)

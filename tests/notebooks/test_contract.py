@@ -1,0 +1,117 @@
+"""Every notebook in notebooks/ is thin, clean and takes its parameters: checked on the files, no kernel is started."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tokenize
+from io import StringIO
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from hybridlab import notebooks
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try, ast.TryStar)
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_of(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def parameters_of(path: Path) -> nbformat.NotebookNode:
+    return next(cell for cell in code_of(path) if "parameters" in cell.metadata.get("tags", ()))
+
+
+def complaints(cells: list[nbformat.NotebookNode]) -> list[str]:
+    """What a notebook's code may not be: long, or logic that belongs into the package, where it has tests."""
+    found = [f"{len(cells)} code cells"] if len(cells) > 15 else []
+    allowed = sys.stdlib_module_names | {"hybridlab"}
+    for cell in cells:
+        found += [f"{cell.id}: {len(cell.source.splitlines())} lines"] if len(cell.source.splitlines()) > 12 else []
+        try:
+            tree = ast.parse(cell.source)
+        except SyntaxError as error:
+            found.append(f"{cell.id}: {error.msg}: a magic, or no Python")
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, FORBIDDEN):
+                found.append(f"{cell.id}: {type(node).__name__}")
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{cell.id}: imports {name}" for name in names if name.split(".")[0] not in allowed]
+    return found
+
+
+def test_the_notebooks_are_found() -> None:
+    """An empty glob would let every other test here pass without looking at anything."""
+    assert [path.stem for path in NOTEBOOKS][:6] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
+                                                     "04_hybrid", "05_ablation"]
+
+
+@every
+def test_code_is_thin(path: Path) -> None:
+    """Logic that grows in a notebook has no test and drifts away from the package."""
+    assert complaints(code_of(path)) == []
+
+
+@pytest.mark.parametrize("source", ["def f(): pass", "while True: pass", "try:\n    pass\nfinally:\n    pass",
+                                    "import numpy", "from torch import nn", "%matplotlib inline", "x = 1\n" * 13,
+                                    "f = lambda: 1", "class A: pass"])
+def test_thick_code_is_noticed(source: str) -> None:
+    """The check above must be able to fail."""
+    assert complaints([nbformat.v4.new_code_cell(source)])
+
+
+@every
+def test_nothing_was_executed_into_the_file(path: Path) -> None:
+    """Outputs in git go stale, hide machine paths, and can carry scripts that run when the notebook is opened."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata.language_info) == {"name"}
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, cell.id
+        assert not cell.get("outputs"), cell.id
+        assert cell.get("execution_count") is None, cell.id
+
+
+@every
+def test_parameters_are_accepted_as_they_stand(path: Path) -> None:
+    """A default that RunConfig refuses, or a name that it does not know, would break the notebook for everybody."""
+    notebooks.check(path, {})
+
+
+@every
+def test_each_parameter_has_unit_and_meaning(path: Path) -> None:
+    """A bare number in the parameters cell makes the reader guess what it counts."""
+    for line in parameters_of(path).source.splitlines():
+        comments = [token.string for token in tokenize.generate_tokens(StringIO(line).readline)
+                    if token.type == tokenize.COMMENT]
+        assert len(comments) == 1, line
+        assert len(comments[0]) > 15, line
+
+
+@every
+def test_each_parameter_reaches_the_code(path: Path) -> None:
+    """A parameter that no cell reads would be accepted and change nothing: a wrong experiment that looks right."""
+    taken = {node.id for node in ast.walk(ast.parse(parameters_of(path).source)) if isinstance(node, ast.Name)}
+    read = {node.id for cell in code_of(path) for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert taken - read == set()
+
+
+@every
+def test_the_four_beats_are_there(path: Path) -> None:
+    """A notebook without its question or its reading is a script with pictures."""
+    cells = nbformat.read(path, as_version=4).cells
+    order = [cell.id for cell in cells]
+    beats = ["question", "parameters", "run", "figure", "reading"]
+    assert [name for name in order if name in beats] == beats
+    assert "**" in cells[0].source
+    assert "?" in cells[0].source

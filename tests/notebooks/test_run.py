@@ -1,0 +1,320 @@
+"""Running notebooks: real papermill and real kernels, judged by rows and status, never by the text of a cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+
+from hybridlab import notebooks, records
+from hybridlab.config import ARMS
+from hybridlab.errors import ConfigError, NotebookError, NotebookFailed
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
+ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
+           "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS)}
+# Records rows as an experiment does, without a model: joins the run, appends one round, finishes.
+RECORD = """
+from hybridlab.config import RunConfig, build
+from hybridlab.records import Run
+run = Run.create(build(RunConfig, {"model": model, "repeats": repeats, "lengths": lengths}))
+row = dict(round=0, request=0, arm="eager", policy="whole", prompt_tokens=10, bucket=None, index=0, position=10,
+           metric="ttft", ms=1.5, path="eager", reason="", captures=0, compiles=0)
+run.append([row])
+"""
+pytestmark = pytest.mark.filterwarnings(  # of Jupyter's own machinery; ours still count as errors
+    "ignore::DeprecationWarning:(zmq|jupyter_client|nbclient|papermill|ipykernel|traitlets|tornado).*",
+    "ignore:unclosed:ResourceWarning")
+
+
+def write(folder: Path, *cells: str, parameters: str | None = PARAMETERS, name: str = "small") -> Path:
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"},
+                                                  "language_info": {"name": "python"}})
+    if parameters is not None:
+        notebook.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path = folder / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def only_run(root: Path) -> Path:
+    (config,) = root.glob("*/*/config.json")
+    return config.parent
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "manifest.json").read_text(encoding="utf-8")))
+
+
+# ---- refused before a kernel starts --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("parameters", "says"), [
+    ({"repeat": 5}, "'repeats'"),
+    ({"batchsize": 8}, "it takes model, repeats, lengths"),
+    ({"new_tokens": 8}, "takes no parameter 'new_tokens'"),
+    ({"x=1; import os; print(os.environ); y": 1}, "takes no parameter"),
+    ({"class": 1}, "takes no parameter"),
+    ({3: 1}, "takes no parameter"),
+    ({"n" * 1_000_000: 1}, "takes no parameter"),
+    ({"lengths": (10, 50)}, "give a list"),
+    ({"lengths": {10}}, "builtins.set"),
+    ({"lengths": [10, np.int64(50)]}, "numpy.int64"),
+    ({"repeats": np.int64(5)}, "numpy.int64"),
+    ({"repeats": Decimal(5)}, "decimal.Decimal"),
+    ({"model": Path("/x")}, "Path"),
+    ({"model": "\ud800"}, "surrogate"),
+    ({"model": {1: "a"}}, "str keys"),
+    ({"repeats": float("nan")}, "finite"),
+    ({"lengths": [float("inf")]}, "finite"),
+    ({"repeats": np.float64(2.0)}, "numpy.float64"),
+    ({"repeats": "20"}, "repeats"),
+    ({"repeats": True}, "repeats"),
+    ({"repeats": 0}, "repeats"),
+    ({"lengths": []}, "lengths"),
+], ids=lambda value: None if isinstance(value, str) else next(iter(map(str, value)))[:20])
+def test_a_bad_parameter_is_refused_before_anything_is_written(parameters: Any, says: str, tmp_path: Path) -> None:
+    """papermill warns about a misspelt name and runs with the default, executes a hostile name, and turns a tuple
+    into a string."""
+    path = write(tmp_path, "raise SystemExit('a kernel was started')")
+    with pytest.raises((NotebookError, ConfigError)) as caught:
+        notebooks.run(path, parameters, root=tmp_path / "runs")
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("parameters", "cells", "says"), [
+    (None, ["repeats = 3"], "0 cells tagged"),
+    ("repeats = 3\nimport os", [], "import os"),
+    ("repeats = 1 + len('x')", [], "repeats = 1 + len('x')"),
+    ("a, repeats = 1, 2", [], "a, repeats"),
+    ("repeats = 3\nbatch = 8", [], "'batch'"),
+    ("repeats =", [], "no Python"),
+    ("repeats = 3", ["repeats = 9"], "outside its parameters cell"),
+    ("repeats = 3", ["for repeats in range(3): pass"], "outside its parameters cell"),
+    ("repeats = 0", [], "repeats"),
+])
+def test_a_notebook_that_would_lose_its_parameters_is_refused(parameters: str | None, cells: list[str], says: str,
+                                                              tmp_path: Path) -> None:
+    """Without the tag papermill injects at the top, and the notebook's own lines win in silence."""
+    path = write(tmp_path, *cells, parameters=parameters)
+    with pytest.raises((NotebookError, ConfigError)) as caught:
+        notebooks.check(path, {})
+    assert says in str(caught.value)
+
+
+def test_two_parameter_cells_are_refused(tmp_path: Path) -> None:
+    """papermill takes the first of two, so a person who edits the second changes nothing."""
+    path = write(tmp_path)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("repeats = 9", metadata={"tags": ["parameters"]}))
+    nbformat.write(notebook, path)
+    with pytest.raises(NotebookError, match="2 cells tagged"):
+        notebooks.check(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"cells": 3, "nbformat": 4}', None])
+def test_a_file_that_is_no_notebook_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    """A traceback of a JSON parser tells a person nothing about which file is wrong."""
+    path = tmp_path / "broken.ipynb"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(NotebookError, match=r"broken\.ipynb"):
+        notebooks.check(path)
+
+
+def test_a_run_inside_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inner notebook would write its rows into the outer run."""
+    monkeypatch.setenv(records.RUN_VARIABLE, str(tmp_path))
+    with pytest.raises(NotebookError, match="inside another run"):
+        notebooks.run(write(tmp_path), root=tmp_path / "runs")
+
+
+# ---- how it ends ---------------------------------------------------------------------------------------------------
+
+def test_a_complete_run_has_its_parameters_rows_and_notebook(tmp_path: Path) -> None:
+    """Values must arrive in the kernel exactly as given, and rows measured there must belong to this run."""
+    name = 'a "quoted" \\ {brace} naïve\nline'
+    path = write(tmp_path, RECORD, "run.finish('complete')", f"assert model == {name!r} and lengths == [7, 9]",
+                 "import os; assert os.environ['PLOTLY_RENDERER'] == 'plotly_mimetype+notebook_connected'")
+    seen: list[Path] = []
+    done = notebooks.run(path, {"model": name, "lengths": [7, 9]}, root=tmp_path / "{runs}", progress=False,
+                         started=seen.append)
+    assert done.status == "complete"
+    assert seen == [done.run_path]
+    recorded = records.read(done.run_path)
+    assert recorded.status == "complete"
+    assert recorded.rows["ms"].tolist() == [1.5]
+    assert recorded.config.lengths == (7, 9)
+    executed = nbformat.read(done.path, as_version=4)
+    assert executed.metadata.hybridlab.status == "complete"
+    assert all(cell.execution_count for cell in executed.cells)
+    assert not [file for file in done.run_path.rglob("*") if "partial" in file.name]
+
+
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(("cells", "says", "cell"), [
+    ([RECORD, "1 / 0", "2"], "ZeroDivisionError: division by zero", 3),
+    ([RECORD, KILL, "2"], "the kernel died", 3),
+    (["2", "import os; os._exit(0)"], "the kernel died", 3),
+    (["import sys; sys.exit()", "2"], "SystemExit", 2),
+    (["import sys; sys.exit(0)"], "SystemExit", 2),
+    (["import sys; sys.exit(3)", "2"], "SystemExit", 2),
+    (["def f(:", "2"], "SyntaxError", 2),
+    (["raise ValueError('<img src=x onerror=alert(1)>')"], "ValueError", 2),
+], ids=["raises", "killed", "dies in the last cell", "sys.exit", "sys.exit(0) in the last cell", "sys.exit(3)",
+        "no Python", "hostile text"])
+def test_an_end_that_is_no_end_leaves_a_failed_run_with_its_rows(cells: list[str], says: str, cell: int,
+                                                                 tmp_path: Path) -> None:
+    """papermill marks all cells completed after a kill, and returns normally from sys.exit()."""
+    path = write(tmp_path, *cells)
+    with pytest.raises(NotebookFailed) as caught:
+        notebooks.run(path, {"repeats": 5}, root=tmp_path / "runs", progress=False)
+    run = only_run(tmp_path / "runs")
+    assert says in str(caught.value)
+    recorded = records.read(run)
+    assert recorded.status == "failed"
+    assert says in recorded.reason
+    assert len(recorded.rows) == (RECORD in cells)
+    assert manifest(run)["extra"]["cell"] == cell
+    executed = nbformat.read(run / notebooks.EXECUTED, as_version=4)
+    assert executed.metadata.hybridlab.status == "failed"
+    assert "papermill" not in json.dumps(executed.metadata)
+    assert "<img" not in executed.cells[0].source
+
+
+def test_a_cell_that_takes_too_long_fails_the_run(tmp_path: Path) -> None:
+    """Without a limit a hanging cell holds the machine for ever; with one papermill calls the cell completed."""
+    path = write(tmp_path, "import threading; threading.Event().wait(3600)", "2")
+    with pytest.raises(NotebookFailed, match="longer than 2 s"):
+        notebooks.run(path, root=tmp_path / "runs", timeout_s=2, progress=False)
+    run = only_run(tmp_path / "runs")
+    assert records.read(run).status == "failed"
+    assert manifest(run)["extra"]["cell"] == 2
+
+
+def test_a_failing_cell_after_the_measurement_fails_the_run(tmp_path: Path) -> None:
+    """The measurement finished its part; the notebook that belongs to it did not, so nothing may call it complete."""
+    with pytest.raises(NotebookFailed, match="AssertionError"):
+        notebooks.run(write(tmp_path, RECORD, "run.finish('complete')", "assert False"), root=tmp_path / "runs",
+                      progress=False)
+    assert records.read(only_run(tmp_path / "runs")).status == "failed"
+
+
+def test_a_swallowed_failure_of_the_measurement_fails_the_run(tmp_path: Path) -> None:
+    """A cell that catches the error of its experiment still has no result to show."""
+    with pytest.raises(NotebookFailed, match="captures in a timed request"):
+        notebooks.run(write(tmp_path, RECORD, "run.finish('failed', 'captures in a timed request')"),
+                      root=tmp_path / "runs", progress=False)
+    assert records.read(only_run(tmp_path / "runs")).status == "failed"
+
+
+def test_a_notebook_that_measures_something_else_fails(tmp_path: Path) -> None:
+    """A notebook that reads its parameter and then measures with another value is a wrong experiment."""
+    path = write(tmp_path, RECORD.replace('"repeats": repeats', '"repeats": 99'), "run.finish('complete')")
+    with pytest.raises(NotebookFailed, match="measured with repeats = 99, not with 4"):
+        notebooks.run(path, {"repeats": 4}, root=tmp_path / "runs", progress=False)
+
+
+def test_an_old_execution_in_the_file_is_no_evidence(tmp_path: Path) -> None:
+    """Execution counts and an injected cell saved with the file must not count for this run."""
+    path = write(tmp_path, "import sys; sys.exit()", "assert repeats == 3")
+    notebook = nbformat.read(path, as_version=4)
+    for count, cell in enumerate(notebook.cells, 1):
+        cell.execution_count = count
+    notebook.cells.insert(1, nbformat.v4.new_code_cell("repeats = 77", metadata={"tags": ["injected-parameters"]}))
+    nbformat.write(notebook, path)
+    with pytest.raises(NotebookFailed, match="SystemExit"):
+        notebooks.run(path, root=tmp_path / "runs", progress=False)
+
+
+def test_a_second_run_leaves_the_first_alone(tmp_path: Path) -> None:
+    """Two papermill runs to one path end with the last writer's file and no word about it."""
+    path = write(tmp_path, "x = repeats")
+    first, second = (notebooks.run(path, {"repeats": n}, root=tmp_path / "runs", progress=False) for n in (1, 2))
+    assert first.run_path != second.run_path
+    assert [records.read(done.run_path).config.repeats for done in (first, second)] == [1, 2]
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """papermill truncates its output in place; the executed notebook of this run must be whole or absent."""
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(notebooks, "atomic_write", full)
+    with pytest.raises(NotebookFailed, match="No space left"):
+        notebooks.run(write(tmp_path, "x = 1"), root=tmp_path / "runs", progress=False)
+    run = only_run(tmp_path / "runs")
+    assert records.read(run).status == "failed"
+    assert not (run / notebooks.EXECUTED).exists()
+
+
+def test_an_interrupt_leaves_a_verdict_and_no_kernel(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a cell: the run must say failed, and the kernel must not keep the machine busy."""
+    marker = tmp_path / "kernel.pid"
+    wait = f"import os, threading; open({str(marker)!r}, 'w').write(str(os.getpid())); threading.Event().wait(3600)"
+    path = write(tmp_path, wait)
+    runner = subprocess.Popen([sys.executable, "-m", "hybridlab.cli", "run", str(path), "--runs",
+                               str(tmp_path / "runs")], cwd=FOLDER.parent, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: marker.exists() and marker.read_text())
+    runner.send_signal(signal.SIGINT)
+    _, said = runner.communicate(timeout=60)
+    assert runner.returncode == 130, said
+    assert records.read(only_run(tmp_path / "runs")).status == "failed"
+    wait_for(lambda: not alive(int(marker.read_text())))
+
+
+def wait_for(condition: Any, timeout_s: float = 60) -> None:
+    """Poll until `condition` holds; the bound is only there so that a hang fails."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        threading.Event().wait(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc").exists() else True
+
+
+# ---- the notebooks themselves ---------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
+    """A notebook that drifts from the package fails for the reader; here it fails first."""
+    small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "budget_s": 5.0, "device": "cpu"}
+    done = notebooks.run(path, small, root=tmp_path / "runs", progress=False)
+    recorded = records.read(done.run_path)
+    assert recorded.status == "complete"
+    arms = ARMS_OF.get(path.stem, set(recorded.config.arms))
+    rows = recorded.rows
+    assert set(rows["arm"]) == arms
+    assert len(rows) == len(arms) * 2 * (1 + 3)  # lengths x (one first token + the gaps of one request)
+    assert set(rows["prompt_tokens"]) == {3, 9}
+    assert not rows[["captures", "compiles"]].to_numpy().any()
+    for arm, path_of_arm in {"eager": "eager", "hybrid": "graph"}.items():
+        assert set(rows.loc[rows["arm"] == arm, "path"]) <= {path_of_arm}
+    figures = [output for cell in nbformat.read(done.path, as_version=4).cells for output in cell.get("outputs", ())
+               if "application/vnd.plotly.v1+json" in output.get("data", ())]
+    assert figures
+    assert all("text/html" in figure["data"] for figure in figures), "it would vanish from an HTML export"

@@ -1,0 +1,308 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, and the check of committed runs and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from typer.testing import CliRunner, Result
+
+from hybridlab import cli, committed, notebooks, paths, records, report, reproduce, terminal
+from hybridlab.config import PAPER_LENGTHS, RunConfig, build
+from hybridlab.errors import CaptureFailed, ConfigError, ModelError, NotebookFailed
+from hybridlab.experiment import Result as Recorded
+
+COMMANDS = ("env", "generate", "run", "reproduce", "check")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def row(arm: str, round_: int, length: int, index: int, ms: float) -> dict[str, Any]:
+    return {"round": round_, "request": 0, "arm": arm, "policy": "whole", "prompt_tokens": length, "bucket": None,
+            "index": index, "position": length + index, "metric": "itl" if index else "ttft", "ms": ms,
+            "path": "graph" if arm == "hybrid" else "eager", "reason": "", "captures": 0, "compiles": 0}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with one committed run (hybrid twice as fast as eager) and a README that shows it."""
+    config = build(RunConfig, {"model": "tiny", "arms": ["eager", "hybrid"], "lengths": [10, 50], "device": "cpu"})
+    run = records.Run.create(config, tmp_path / "data" / "runs")
+    run.append([row(arm, n, length, index, scale * (1 + n / 100 + index / 50)) for n in range(20)
+                for arm, scale in (("eager", 4.0), ("hybrid", 2.0)) for length in (10, 50) for index in range(3)])
+    run.finish("complete")
+    name = run.path.relative_to(tmp_path / "data" / "runs").as_posix()
+    (tmp_path / "README.md").write_text(
+        f"# Title\n\n<!-- table: ablation run={name} -->\nstale\n<!-- /table -->\n\ntext stays\n\n"
+        f"<!-- table: itl run={name} -->\n<!-- /table -->\n", encoding="utf-8")
+    return tmp_path
+
+
+# ---- help and errors ------------------------------------------------------------------------------------------------
+
+def test_help_lists_every_command() -> None:
+    """A command that the help does not show is one that nobody finds."""
+    shown = invoke("--help")
+    assert shown.exit_code == 0
+    assert [name for name in COMMANDS if not re.search(rf"\b{name}\b", shown.output)] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_teaches_by_an_example(command: str) -> None:
+    """Help without an example leaves the reader guessing how values are written."""
+    shown = invoke(command, "--help")
+    assert shown.exit_code == 0
+    assert f"hybridlab {command}" in shown.output
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (ConfigError("fact", "context", "remedy"), 2), (ModelError("fact", "context", "remedy"), 2),
+    (CaptureFailed("fact", "context", "remedy"), 1), (NotebookFailed("fact", "context", "remedy"), 1),
+])
+def test_an_error_is_three_lines_and_a_code(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback for a typing mistake, or exit code 0 after a failure, would make scripts and people go wrong."""
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(notebooks, "run", fails)
+    got = invoke("run", "any.ipynb")
+    assert got.exit_code == code
+    assert got.stdout == ""
+    assert [line.split() for line in got.stderr.splitlines()] == [["error", "fact"], ["where", "context"],
+                                                                  ["try", "remedy"]]
+    assert "Traceback" in invoke("run", "any.ipynb", "--debug").stderr
+
+
+def test_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script must be able to tell Ctrl-C from a failure."""
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks, "run", interrupted)
+    assert invoke("run", "any.ipynb").exit_code == 130
+
+
+def test_text_from_outside_does_not_drive_the_terminal() -> None:
+    """An escape sequence in a model name or in generated text could rewrite what the reader sees."""
+    assert terminal.printable("a\x1b[2Jb\tc\n\x07\u202e") == "a\ufffd[2Jb\tc\n\ufffd\ufffd"
+    got = invoke("run", "\x1b]0;owned\x07[red].ipynb")
+    assert got.exit_code == 2
+    assert "\x1b" not in got.stderr
+    assert "[red]" in got.stderr
+
+
+# ---- env ------------------------------------------------------------------------------------------------------------
+
+def test_env_prints_a_table_and_json() -> None:
+    """A report that does not print is missing exactly when someone needs help."""
+    assert "torch" in invoke("env").stdout
+    found = json.loads(invoke("env", "--json").stdout)
+    assert found["versions"]["torch"]
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments", [
+    [], ["text", "--ids", "1 2"], ["--ids", "1 x"], ["text", "--arm", "hybird"], ["text", "--temperature", "-1"],
+    ["text", "--top-p", "1.5"], ["text", "--capture", "later"], ["text", "--seed", "-1"],
+    ["text", "--temperature", "nan"],
+])
+def test_generate_refuses_bad_input(arguments: list[str]) -> None:
+    """Bad input must cost no model load and give exit code 2."""
+    got = invoke("generate", *arguments)
+    assert got.exit_code == 2
+    assert got.stdout == ""
+    assert "error" in got.stderr
+
+
+def test_generate_refuses_what_the_model_cannot_take() -> None:
+    """An empty prompt, too many tokens, and a misspelt model are refused before a token is drawn."""
+    for arguments in ([""], ["text", "-n", "100000"], ["text", "-n", "0"], ["text", "--model", "tinny"],
+                      ["--ids", "999999999"]):
+        got = invoke("generate", *arguments, "--arm", "eager", "--device", "cpu")
+        assert (got.exit_code, got.stdout) == (2, ""), arguments
+
+
+def test_generate_streams_text_and_sums_up() -> None:
+    """The text goes to stdout alone, so that it can be redirected; timing and paths go to stderr."""
+    got = invoke("generate", "The for statement", "--arm", "eager", "-n", "5", "--show-paths", "--device", "cpu")
+    assert got.exit_code == 0, got.stderr
+    assert "TTFT" not in got.stdout
+    assert re.search(r"eager · TTFT [\d.]+ ms · median ITL [\d.]+ ms · \d tokens by path: eager \d", got.stderr)
+    ids = invoke("generate", "--ids", "1 17, 23", "--model", "random:tiny-llama-2-7b", "--arm", "eager", "-n", "3",
+                 "--device", "cpu")
+    assert ids.exit_code == 0, ids.stderr
+    assert all(word.isdecimal() for word in ids.stdout.split())
+    assert len(ids.stdout.split()) in (1, 2, 3)
+
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("20", 20), ("1e-3", 0.001), ("0.5", 0.5), ("true", True), ("True", True), ("false", False), ("None", None),
+    ("null", None), ("tiny", "tiny"), ("random:llama-2-7b", "random:llama-2-7b"), ("[10, 50]", [10, 50]),
+    ("[eager, graph]", ["eager", "graph"]), ("['eager', 'graph']", ["eager", "graph"]), ('"20"', "20"), ("007", "007"),
+    ("no", "no"), ("1:30", "1:30"), ("/models/[x", "/models/[x"), ("", ""),
+])
+def test_values_are_read_as_written(text: str, value: Any) -> None:
+    """papermill reads `true` as text, and YAML reads `no` as False and 1:30 as 90."""
+    got = cli.parse_value(text)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_run_hands_parameters_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`-p NAME VALUE` and `-p NAME=VALUE` must both arrive, typed, and the run directory be printed for scripts."""
+    seen: dict[str, Any] = {}
+
+    def run(path: Path, parameters: dict[str, Any], **options: Any) -> notebooks.Executed:
+        seen.update(parameters, path=path, **options)
+        return notebooks.Executed(tmp_path / "notebook.ipynb", tmp_path, "complete")
+
+    monkeypatch.setattr(notebooks, "run", run)
+    got = invoke("run", "a.ipynb", "-p", "repeats", "20", "-p", "model=a=b", "--parameter", "lengths", "[10, 50]",
+                 "-p", "seed", "-1", "--timeout-s", "9", "--runs", str(tmp_path))
+    assert got.exit_code == 0, got.stderr
+    assert got.stdout.split() == [str(tmp_path)]
+    assert seen == {"path": Path("a.ipynb"), "repeats": 20, "model": "a=b", "lengths": [10, 50], "seed": -1,
+                    "timeout_s": 9.0, "root": tmp_path}
+
+
+@pytest.mark.parametrize("arguments", [["-p", "repeats"], ["-p"], ["--timeout-s", "0"], ["-p", "repeatz", "3"]])
+def test_run_refuses_half_a_parameter(arguments: list[str], tmp_path: Path) -> None:
+    """A parameter without a value must not be taken for the notebook, nor be dropped."""
+    path = tmp_path / "a.ipynb"
+    cell = nbformat.v4.new_code_cell("repeats = 3", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    got = invoke("run", str(path), *arguments, "--runs", str(tmp_path / "runs"))
+    assert got.exit_code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- reproduce ------------------------------------------------------------------------------------------------------
+
+def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
+    """A parameter that a notebook does not take would end the main job after minutes, in its last notebook."""
+    folder = Path(__file__).resolve().parents[2] / "notebooks"
+    plan = reproduce.steps("tiny", 5, 10.0)
+    assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
+                                                "04_hybrid", "05_ablation"]
+    configs = [notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan]
+    assert configs[-1].lengths == PAPER_LENGTHS
+    assert configs[-1].repeats == 5
+    assert configs[-1].budget_s == 10.0
+
+
+def test_reproduce_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A table made after a failed notebook would look like a finished reproduction."""
+    monkeypatch.setattr(paths, "repository", lambda: Path(__file__).resolve().parents[2])
+
+    def fails(path: Path, *_: Any, **__: Any) -> notebooks.Executed:
+        raise NotebookFailed(f"{path.name} failed", "", "")
+
+    monkeypatch.setattr(notebooks, "run", fails)
+    got = invoke("reproduce", "--runs", str(tmp_path))
+    assert got.exit_code == 1
+    assert "00_start_here.ipynb failed" in got.stderr
+
+
+# ---- tables, check and publish --------------------------------------------------------------------------------------
+
+def test_check_finds_writes_and_accepts(checkout: Path) -> None:
+    """A README number that no row supports must not survive."""
+    stale = invoke("check", "--root", str(checkout))
+    assert stale.exit_code == 1
+    assert "-stale" in stale.stderr
+    assert "stale" in (checkout / "README.md").read_text(encoding="utf-8")
+    assert invoke("check", "--root", str(checkout), "--write").exit_code == 0
+    text = (checkout / "README.md").read_text(encoding="utf-8")
+    assert "text stays" in text
+    assert "| hybrid |" in text
+    assert "2.00 [2.00, 2.00]" in text
+    fine = invoke("check", "--root", str(checkout))
+    assert fine.exit_code == 0
+    assert "checked 3 runs and tables, 0 wrong" in fine.stdout
+    (checkout / "README.md").write_text(text.replace("2.00 [", "4.25 ["), encoding="utf-8")
+    assert invoke("check", "--root", str(checkout)).exit_code == 1
+
+
+def test_check_notices_a_changed_run(checkout: Path) -> None:
+    """Rows edited after the run make every table and figure of it worthless."""
+    rows = next((checkout / "data" / "runs").glob("*/*/rows.parquet"))
+    rows.write_bytes(rows.read_bytes() + b" ")
+    got = invoke("check", "--root", str(checkout), "--write")
+    assert got.exit_code == 1
+    assert "was changed after the run" in got.stderr
+
+
+@pytest.mark.parametrize("readme", [
+    "<!-- table: ablation run=m/none -->\n<!-- /table -->", "<!-- table: ablations run=RUN -->\n<!-- /table -->",
+    "<!-- table: ablation run=RUN -->\nno end", "<!-- table: ablation run=../../x -->\n<!-- /table -->",
+    "<!-- table: ablation run=../local -->\n<!-- /table -->", "<!-- table ablation RUN -->\n<!-- /table -->",
+])
+def test_check_refuses_a_marker_that_it_cannot_follow(readme: str, checkout: Path) -> None:
+    """A marker with a typing mistake would otherwise leave its table unchecked for ever."""
+    name = committed.committed_runs(checkout / "data" / "runs")[0].relative_to(checkout / "data" / "runs").as_posix()
+    (checkout / "README.md").write_text(readme.replace("RUN", name), encoding="utf-8")
+    got = invoke("check", "--root", str(checkout), "--write")
+    assert got.exit_code == 1
+    assert "wrong" in got.stderr
+
+
+def test_a_failed_or_unfinished_run_is_not_published(checkout: Path) -> None:
+    """Half a run in the committed data would be shown as a result."""
+    config = build(RunConfig, {"device": "cpu"})
+    failed = records.Run.create(config, checkout / "elsewhere")
+    failed.finish("failed", "a cell failed")
+    open_run = records.Run.create(config, checkout / "elsewhere")
+    for run in (failed, open_run):
+        with pytest.raises(records.RunError, match="publish a complete run"):
+            committed.publish(run.path, checkout)
+    assert len(committed.committed_runs(checkout / "data" / "runs")) == 1
+
+
+def test_publish_copies_once_and_redraws(checkout: Path) -> None:
+    """A committed run is never overwritten, and the committed figures come from committed rows."""
+    source = committed.committed_runs(checkout / "data" / "runs")[0]
+    other = checkout / "other"
+    target = committed.publish(source, other)
+    assert records.read(target).status == "complete"
+    assert sorted(file.name for file in target.iterdir()) == sorted(file.name for file in source.iterdir())
+    with pytest.raises(records.RunError, match="never overwritten"):
+        committed.publish(source, other)
+    files = committed.redraw(other)
+    assert {file.name for file in files} >= {"ablation.svg", "ablation.png", "itl_by_arm.svg"}
+    assert all(file.parent == other / "figures" / target.parent.name and file.stat().st_size for file in files)
+
+
+def test_tables_show_the_rows(checkout: Path) -> None:
+    """A table that drops an interval, an arm or the sample limit of p99 says more than was measured."""
+    result = Recorded.open(committed.committed_runs(checkout / "data" / "runs")[0])
+    grid = report.ablation(result)
+    assert [line[0] for line in grid.rows] == ["eager", "hybrid"]
+    assert all(len(line) == len(grid.header) for line in grid.rows)
+    assert [line[2] for line in grid.rows] == [report.NONE, report.NONE]  # 40 values carry no p99
+    assert grid.rows[1][3] == "2.00 [2.00, 2.00]"
+    lengths = report.by_length(result, "itl")
+    assert [line[0] for line in lengths.rows] == ["10", "50"]
+    assert all(line[2].endswith("] 2.00×") and "×" not in line[1] for line in lengths.rows)
+    assert result.run_id in grid.markdown()
+
+
+def test_numbers_keep_three_digits_and_cells_stay_in_their_column() -> None:
+    """A bar in a model name would add a column, and 1.23e+03 is no way to write milliseconds."""
+    assert [report._number(value) for value in (0.01234, 0.5, 3.14159, 31.4159, 314.159, 3141.59, 0.0)] == [
+        "0.0123", "0.500", "3.14", "31.4", "314", "3142", "0.000"]
+    text = report.Grid("a|b <i>", ["x|y", "z"], [["1|2", "3"]], "note").markdown()
+    assert "x\\|y" in text
+    assert "1\\|2" in text
+    assert "<i>" not in text.replace("\\<i\\>", "")
+    assert report._absent(None)
+    assert report._absent(math.nan)

@@ -1,0 +1,126 @@
+"""The JIT kernels against their specification: Triton under its interpreter, Inductor for real."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybridlab import kernels, ops
+from hybridlab.errors import JITUnavailable
+from hybridlab.kernels import attend, inductor, sample
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
+
+EPS = {torch.float32: 1e-5, torch.float16: 2e-3}  # of the row's largest value; reference: IEEE half has 11 bits
+
+
+def inputs(heads: int, kv_heads: int, rows: int, dim: int, capacity: int, start: int, dtype: torch.dtype) -> list:
+    """q, k, v as the model hands them over (a transposed view), two caches of noise, and positions."""
+    torch.manual_seed(heads * 1000 + rows)
+    q, k, v = (torch.randn(1, rows, h, dim).transpose(1, 2).to(dtype) for h in (heads, kv_heads, kv_heads))
+    caches = [torch.randn(1, kv_heads, capacity, dim).to(dtype) for _ in range(2)]
+    return [q, k, v, *caches, torch.arange(start, start + rows)]
+
+
+CASES = [  # heads, kv_heads, rows, dim, capacity, start, window, softcap
+    (6, 2, 1, 32, 128, 0, 0, 0.0),       # the first token
+    (6, 2, 1, 32, 128, 127, 0, 0.0),     # the last row of the cache
+    (4, 4, 1, 64, 200, 63, 0, 0.0),      # the edge of a block of columns
+    (4, 4, 1, 64, 200, 64, 0, 0.0),
+    (6, 2, 33, 32, 128, 0, 0, 0.0),      # prefill, rows that fill no block
+    (8, 2, 65, 80, 128, 0, 16, 0.0),     # a window, a head size that is no power of two
+    (4, 1, 1, 16, 150, 100, 32, 0.0),    # one KV head for all
+    (4, 2, 7, 24, 150, 100, 0, 5.0),     # soft-capping
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_triton_attend(case: tuple, dtype: torch.dtype) -> None:
+    """A kernel that reads one column too many, forgets a row, or rounds more than its specification does."""
+    *shape, window, softcap = case
+    args = inputs(*shape, dtype)
+    exact = ops.attend(*(a.double() if a.is_floating_point() else a.clone() for a in args), 0.2, shape[4], window, softcap)
+    plain = ops.attend(*(a.clone() for a in args), 0.2, shape[4], window, softcap)
+    got = attend.attend(*args, 0.2, shape[4], window, softcap)
+    top = exact.abs().max()
+    error = ((got.double() - exact).abs().max() / top).item()
+    assert error <= 2 * ((plain.double() - exact).abs().max() / top).item() + EPS[dtype]
+    assert torch.equal(args[3][0, :, args[5]], args[1][0])
+
+
+def test_triton_attend_stops_at_span() -> None:
+    """A kernel that attends past the bound its program was built with."""
+    args = inputs(4, 2, 8, 16, 64, 0, torch.float32)
+    short = attend.attend(*(a.clone() for a in args), 0.25, 4, 0, 0.0)
+    plain = ops.attend(*(a.clone() for a in args), 0.25, 4, 0, 0.0)
+    torch.testing.assert_close(short, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [7, 512, 2000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (1, None), (5, None), (None, 0.8), (50, 0.7)])
+def test_triton_sampler_draws_the_same_tokens(entries: int, top_k: int | None, top_p: float | None) -> None:
+    """A threshold or a random number that differs from the specification by one bit."""
+    torch.manual_seed(entries)
+    logits, plain, jit = torch.randn(entries) * 3, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for seed in (0, 1, 2**40 + 5):
+        args = (logits, torch.tensor([seed]), torch.tensor([seed % 999]), torch.tensor([0.8]),
+                torch.tensor([min(top_k or entries, entries)]), torch.tensor([top_p or 1.0]),
+                top_k is not None or top_p is not None)
+        ops.sample(*args, plain)
+        sample.sample(*args, jit)
+        assert int(plain) == int(jit)
+    ops.greedy(logits, plain)
+    sample.greedy(logits, jit)
+    assert int(plain) == int(jit)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_triton_gives_no_token_for_broken_logits(bad: float) -> None:
+    """A maximum that skips NaN, as GPUs' do."""
+    logits, token = torch.zeros(100), torch.zeros(1, dtype=torch.int64)
+    logits[50] = bad
+    sample.greedy(logits, token)
+    assert int(token) == -1
+
+
+def test_triton_inputs() -> None:
+    """Padding or position handling that differs from the specification."""
+    prompt, length = torch.arange(100, 700), torch.tensor([300])
+    results = []
+    for module in (ops.REFERENCE, kernels.TRITON):
+        ids, last, positions = torch.full((1, 512), 9), torch.zeros(1, dtype=torch.int64), torch.tensor([4])
+        module["pad"](prompt, length, ids, last)
+        step = torch.zeros((1, 1), dtype=torch.int64)
+        module["advance"](torch.tensor([77]), step, positions)
+        results.append((ids.tolist(), int(last), int(step), int(positions)))
+    assert results[0] == results[1]
+
+
+def test_inductor_attend_and_its_count() -> None:
+    """A CPU kernel compiled for one shape and used for another, or a compilation that nobody counts."""
+    args = inputs(4, 2, 3, 16, 40, 5, torch.float32)
+    before = kernels.compiles()
+    for start in (5, 9):
+        args[5] = torch.arange(start, start + 3)
+        plain = ops.attend(*(a.clone() for a in args), 0.25, 40, 0, 0.0)
+        got = torch.ops.hybridlab_jit.attend.default(*(a.clone() for a in args), 0.25, 40, 0, 0.0)
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
+    assert kernels.compiles() == before + 1
+    assert torch.equal(torch.ops.hybridlab_jit.attend.default(*args, 0.25, 40, 4, 0.0),
+                       ops.attend(*args, 0.25, 40, 4, 0.0)) or kernels.compiles() == before + 2
+
+
+def test_compiling_leaves_the_callers_buffers_alone() -> None:
+    """A compilation that writes the cache at the position it was traced with."""
+    args = inputs(2, 2, 1, 16, 12, 3, torch.float32)
+    before = [a.clone() for a in args]
+    inductor.bind("attend", (*args, 0.25, 12, 0, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of Inductor's traceback in place of the one fact that helps."""
+    monkeypatch.setattr(inductor.shutil, "which", lambda _: None)
+    with pytest.raises(JITUnavailable, match=r"no C\+\+ compiler"):
+        inductor.bind("greedy", (torch.zeros(31), torch.zeros(1, dtype=torch.int64)))
