@@ -129,7 +129,7 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
         for done, arm in enumerate(config.arms):
             report(f"building {arm}", done, len(config.arms))
             runtimes[arm] = stack.enter_context(Runtime(model, arm=arm, policy=config.policy, device=config.device,
-                                                        capture="sync"))
+                                                        capture="sync", max_len=_cache_rows(model, config)))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         started, done = time.monotonic(), 0
@@ -139,6 +139,12 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
             report(_remaining(done, time.monotonic() - started, config), done, config.repeats)
         return {"rounds": done, "measured_s": round(time.monotonic() - started, 1),
                 "counters": {arm: dict(runtime.counters.as_dict()) for arm, runtime in runtimes.items()}}
+
+
+def _cache_rows(model: Any, config: RunConfig) -> int:
+    """Rows of the static KV cache: what the longest request needs, in steps of 64, within the context."""
+    longest = max(config.lengths) + config.new_tokens
+    return min(-(-longest // 64) * 64, model.config.get_text_config().max_position_embeddings)
 
 
 def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:

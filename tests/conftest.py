@@ -1,4 +1,4 @@
-"""What every test needs: one CPU thread, no network, and GPU tests that say why they were skipped."""
+"""What every test needs: one CPU thread, no network, Triton without a GPU, and GPU tests that say why they skip."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton kernels then run on CPU tensors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,8 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"no GPU seen by PyTorch {torch.__version__}"))

@@ -1,0 +1,112 @@
+"""The partition: which operations are labelled what, why, and that lowering leaves nothing to the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import hybridlab as hl
+from hybridlab import lowering, partitioning
+from hybridlab.errors import ConfigError, LoweringError
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return hl.load("random:tiny-llama-3", device="cpu")
+
+
+def test_stock_step_labels_cache_and_attention(model: PreTrainedModel) -> None:
+    """A label that misses a growing shape, or calls everything dynamic: in a stock 2-layer Llama only the two KV
+    concatenations and the attention of each layer depend on the KV length."""
+    plan = hl.partition(model, policy=None)
+    dynamic = [op for op in plan.ops if op.kind == "host-dynamic"]
+    names = Counter("cat" if "cat" in op.op else "attention" if "attention" in op.op else op.op for op in dynamic)
+    assert names == {"cat": 4, "attention": 2}
+    assert Counter(op.layer for op in dynamic) == {0: 3, 1: 3}
+    assert all("the KV length" in op.reason for op in dynamic)
+    assert all("concatenates onto the cache" in op.reason for op in dynamic if "cat" in op.op)
+
+
+def test_lowering_leaves_nothing_to_the_host(model: PreTrainedModel) -> None:
+    """An operation that a graph would freeze at its captured length."""
+    for phase in ("decode", "prefill"):
+        plan = hl.partition(model, phase=phase)
+        assert plan.counts["host-dynamic"] == 0
+        assert sum(op.op == "hybridlab.attend.default" for op in plan.ops) == 2
+        assert not any("scaled_dot_product" in op.op for op in plan.ops)
+        assert [s.path for s in plan.segments] == ["jit", "graph", "jit"]
+    assert hl.partition(model, policy=None, phase="prefill").counts["host-dynamic"] > 50
+
+
+def test_what_reads_the_position_says_so(model: PreTrainedModel) -> None:
+    """A rotation labelled static although its angle changes with every token."""
+    table = hl.partition(model).table()
+    assert {"op", "layer", "kind", "reason", "segment", "path"} <= set(table.columns)
+    for name, source in (("aten.cos.default", "position"), ("aten.embedding.default", "token id"),
+                         ("hybridlab.attend.default", "position")):
+        rows = table[table["op"] == name]
+        assert len(rows)
+        assert set(rows["kind"]) == {"device-dynamic"}
+        assert rows["reason"].str.contains(source).all()
+    assert set(table.loc[table["op"] == "aten.mm.default", "kind"]) == {"static"}
+
+
+@pytest.mark.parametrize(("arm", "paths"), [
+    ("graph", ["eager", "graph", "eager"]), ("jit", ["jit", "jit", "jit"]), ("hybrid", ["jit", "graph", "jit"]),
+])
+def test_arms_differ_in_what_executes(model: PreTrainedModel, arm: str, paths: list[str]) -> None:
+    """An arm whose plan says what another arm does."""
+    plan = hl.partition(model).for_arm(arm)
+    assert [segment.path for segment in plan.segments] == paths
+    matrix_products = {op.path for op in plan.ops if op.op == "aten.mm.default"}
+    assert matrix_products == {"eager" if arm == "jit" else "graph"}
+
+
+def test_the_model_is_not_touched(model: PreTrainedModel) -> None:
+    """A user's model left with our attention in it, or its weights copied."""
+    before = model.config._attn_implementation
+    memory = {p.data_ptr() for p in model.parameters()}
+    lowered = lowering.lower(model, lowering.PLAIN)
+    assert model.config._attn_implementation == before
+    assert lowered.config._attn_implementation == lowering.PLAIN
+    assert {p.data_ptr() for p in lowered.parameters()} == memory
+
+
+def test_unsupported_family_is_refused_by_name() -> None:
+    """A model without the attention interface given a cache that it never reads: wrong tokens."""
+    model = hl.load("random:tiny-llama-3", device="cpu")
+    model._supports_attention_backend = False
+    with pytest.raises(LoweringError, match="attention interface.*arm='eager'"):
+        hl.partition(model)
+    assert hl.partition(model, policy=None).counts["host-dynamic"] == 6
+
+
+def test_an_operation_left_to_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lowered program that still reads a value back being captured all the same."""
+    model = hl.load("random:tiny-llama-3", device="cpu")
+
+    def reads_back(self: partitioning.Program) -> None:
+        count = torch.nonzero(self.inputs.ids).shape[0]
+        self.logits.copy_(torch.ones(count).sum())
+
+    monkeypatch.setattr(partitioning.Program, "__call__", reads_back)
+    with pytest.raises(LoweringError, match="host-dynamic operations are left"):
+        hl.partition(model)
+
+
+@pytest.mark.parametrize(("values", "message"), [({"policy": "hole"}, "whole"), ({"phase": "decoding"}, "decode")])
+def test_wrong_names_are_refused(model: PreTrainedModel, values: dict[str, str], message: str) -> None:
+    """A misspelt policy that silently labels something else."""
+    with pytest.raises(ConfigError, match=f"did you mean '{message}'"):
+        hl.partition(model, **values)
+
+
+def test_multi_head_and_untied_models_are_lowered_too() -> None:
+    """A lowering that only knows grouped queries, tied embeddings, or one head size."""
+    config = LlamaConfig(vocab_size=128, hidden_size=48, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=3, num_key_value_heads=3, head_dim=24, tie_word_embeddings=False)
+    assert isinstance(AutoModelForCausalLM.from_config(config), LlamaForCausalLM)
+    assert hl.partition(AutoModelForCausalLM.from_config(config)).counts["host-dynamic"] == 0
