@@ -81,6 +81,7 @@ def generate(
     device: Annotated[str, _option("auto, cpu or cuda.")] = "auto",
     capture: Annotated[str, _option("When graphs are captured: ahead of the request, sync (inside it), async "
                                     "(behind it) or never.")] = "ahead",
+    echo: Annotated[bool, _option("Print PROMPT before its continuation.", "--echo/--no-echo")] = True,
     show_paths: Annotated[bool, _option("List the path that made each token, and its time.", "--show-paths")] = False,
     debug: Debug = False,
 ) -> None:
@@ -89,7 +90,7 @@ def generate(
         request = _prompt(prompt, ids)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         tokens = terminal.stream(_answer(model, {"arm": arm, "device": device, "capture": capture}, request,
-                                         sampling, max_new_tokens))
+                                         sampling, max_new_tokens), before=prompt if echo and prompt else "")
         if show_paths:
             terminal.list_paths(tokens)
         terminal.timing(tokens, arm)
@@ -272,7 +273,3 @@ def check(
 def _near(path: Path) -> str:
     """The path as one types it from here."""
     return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
-
-
-if __name__ == "__main__":
-    app()

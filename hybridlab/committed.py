@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from hybridlab import report
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
-from hybridlab.records import CONFIG, MANIFEST, atomic_write, read
+from hybridlab.records import CONFIG, MANIFEST, atomic_write, keep, read
 
 TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
                    re.DOTALL)
@@ -58,7 +57,7 @@ def publish(path: Path, root: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publishing-") as temporary:
         copy = Path(temporary) / target.name
-        shutil.copytree(path, copy)
+        keep(path, copy)
         read(copy)  # what is published is what was measured
         os.replace(copy, target)
     return target

@@ -150,6 +150,17 @@ def read(path: Path | str) -> Recorded:
                     _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame)
 
 
+def keep(path: Path, target: Path) -> None:
+    """Copies a finished run to the new directory `target`, without the executed notebook and the texts of failed
+    probes, which may name paths of the machine; the copy has a manifest of its own."""
+    target.mkdir()
+    for name in (CONFIG, ROWS):
+        shutil.copyfile(path / name, target / name)
+    environment = _load(path / ENVIRONMENT)
+    atomic_write(target / ENVIRONMENT, _json(environment | {"failed": sorted(environment.get("failed", ()))}))
+    atomic_write(target / MANIFEST, _json(_load(path / MANIFEST) | {"files": _hashes(target)}))
+
+
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Replaces `path` by `content` in one step: after a crash or a full disk it holds the old bytes or the new ones."""
     data = content.encode() if isinstance(content, str) else content

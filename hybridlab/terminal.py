@@ -40,10 +40,14 @@ def errors(debug: bool = False) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def stream(tokens: Iterable[Any]) -> list[Any]:
-    """Write each token to stdout as it comes: its text, or its id where the model has no tokenizer."""
-    seen = []
+def stream(tokens: Iterable[Any], before: str = "") -> list[Any]:
+    """Write each token to stdout as it comes: its text, or its id where the model has no tokenizer.
+
+    `before` is written once the first token is there, so that refused input leaves stdout empty.
+    """
+    seen: list[Any] = []
     for token in tokens:
+        sys.stdout.write("" if seen else printable(before))
         seen.append(token)
         sys.stdout.write(printable(token.text) if token.text is not None else f"{token.id} ")
         sys.stdout.flush()

@@ -166,12 +166,12 @@ weights without a download. Greedy text reads like Python's documentation; it kn
 | parameters | {parameters:,} (float32, safetensors) |
 | tokenizer | byte-level BPE, {vocabulary} entries, trained on the training text |
 | context | {context} tokens |
-| data | CPython {python}: `pydoc_data.topics`, standard-library docstrings; {documents:,} texts, {train_tokens:,} tokens |
+| data | CPython {python}: `pydoc_data.topics`, library docstrings; {documents:,} texts, {train_tokens:,} tokens |
 | held out | one paragraph in {one_in}, by hash: {held_tokens:,} tokens |
 | training | {steps} steps of 3072 tokens (rows of 256, at last 1024), AdamW, cosine from 3e-3, seed {seed} |
 | kept | step {kept_step}, the lowest held-out loss |
 | **held-out loss** | **{held_out:.3f}** nats a token; unigram baseline {unigram:.3f} |
-| made by | `python data/models/train_tiny.py`, {minutes:.0f} minutes on {threads} CPU cores |
+| made by | `python data/models/train_tiny.py`, {minutes:.0f} minutes on {threads} CPU core(s) |
 
 The text is part of CPython and under the PSF License; the weights are under this repository's licence.
 """

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS, BLOCK_COLUMNS = 16, 64
+BLOCK_COLUMNS = 64
 
 
 @triton.jit
@@ -88,8 +88,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     _write[(rows, kv_heads)](k, v, k_cache, v_cache, positions, k.stride(1), k.stride(2), v.stride(1), v.stride(2),
                              k_cache.stride(1), k_cache.stride(2), dim, padded)
     group = heads // kv_heads
-    grid = (kv_heads, triton.cdiv(rows * group, BLOCK_ROWS))
+    block_rows = 16 if rows == 1 else 128 // q.element_size()  # 16 is the least a matrix unit takes
+    grid = (kv_heads, triton.cdiv(rows * group, block_rows))
     _attend[grid](q, k_cache, v_cache, positions, out, q.stride(1), q.stride(2), k_cache.stride(1), k_cache.stride(2),
                   out.stride(1), out.stride(2), rows, group, span, window, scale, softcap,
-                  dim, padded, BLOCK_ROWS, BLOCK_COLUMNS)
+                  dim, padded, block_rows, BLOCK_COLUMNS)
     return out

@@ -270,8 +270,10 @@ def test_an_interrupt_leaves_a_verdict_and_no_kernel(tmp_path: Path) -> None:
     marker = tmp_path / "kernel.pid"
     wait = f"import os, threading; open({str(marker)!r}, 'w').write(str(os.getpid())); threading.Event().wait(3600)"
     path = write(tmp_path, wait)
-    runner = subprocess.Popen([sys.executable, "-m", "hybridlab.cli", "run", str(path), "--runs",
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
+    runner = subprocess.Popen([sys.executable, "-m", "hybridlab", "run", str(path), "--runs",
                                str(tmp_path / "runs")], cwd=FOLDER.parent, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     wait_for(lambda: marker.exists() and marker.read_text())
     runner.send_signal(signal.SIGINT)
     _, said = runner.communicate(timeout=60)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -275,11 +276,24 @@ def test_publish_copies_once_and_redraws(checkout: Path) -> None:
     target = committed.publish(source, other)
     assert records.read(target).status == "complete"
     assert sorted(file.name for file in target.iterdir()) == sorted(file.name for file in source.iterdir())
+    pd.testing.assert_frame_equal(records.read(target).rows, records.read(source).rows)
     with pytest.raises(records.RunError, match="never overwritten"):
         committed.publish(source, other)
     files = committed.redraw(other)
     assert {file.name for file in files} >= {"ablation.svg", "ablation.png", "itl_by_arm.svg"}
     assert all(file.parent == other / "figures" / target.parent.name and file.stat().st_size for file in files)
+
+
+def test_a_committed_copy_names_no_path_of_the_machine(checkout: Path, tmp_path: Path) -> None:
+    """The executed notebook, or the text of a failed probe, carrying a home directory into the history."""
+    source = committed.committed_runs(checkout / "data" / "runs")[0]
+    target = tmp_path / "copy"
+    kept = json.loads((source / records.ENVIRONMENT).read_text()) | {"failed": {"commit": "Error: git -C /home/me/x"}}
+    (source / records.ENVIRONMENT).write_text(json.dumps(kept))
+    (source / "notebook.ipynb").write_text("/home/me")
+    records.keep(source, target)
+    assert all(b"/home/me" not in file.read_bytes() for file in target.iterdir())
+    assert records.read(target).environment["failed"] == ["commit"]
 
 
 def test_tables_show_the_rows(checkout: Path) -> None:

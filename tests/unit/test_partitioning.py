@@ -79,7 +79,7 @@ def test_unsupported_family_is_refused_by_name() -> None:
     """A model without the attention interface given a cache that it never reads: wrong tokens."""
     model = hl.load("random:tiny-llama-3", device="cpu")
     model._supports_attention_backend = False
-    with pytest.raises(LoweringError, match="attention interface.*arm='eager'"):
+    with pytest.raises(LoweringError, match=r"attention interface.*arm='eager'"):
         hl.partition(model)
     assert hl.partition(model, policy=None).counts["host-dynamic"] == 6
 

@@ -13,16 +13,17 @@ from hybridlab.errors import CaptureFailed
 from hybridlab.tape import Tape, _place
 
 
-def recorded(function: Callable[[torch.Tensor], torch.Tensor], size: int = 32) -> tuple[Tape, torch.Tensor, torch.Tensor]:
+def recorded(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Tape, torch.Tensor, torch.Tensor]:
     """A tape of `out <- function(x)` over fixed x and out."""
-    x, out = torch.randn(4, size), torch.zeros(4, size)
+    x, out = torch.randn(4, 32), torch.zeros(4, 32)
     return Tape(lambda: out.copy_(function(x))), x, out
 
 
 def block(x: torch.Tensor) -> torch.Tensor:
     """Norm, projections, views, in-place work, a softmax: what a decoder layer consists of."""
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-    q, k = normed.view(4, 2, 16).transpose(0, 1), torch.cat((normed, -normed), -1)[:, :32].view(4, 2, 16).transpose(0, 1)
+    q = normed.view(4, 2, 16).transpose(0, 1)
+    k = torch.cat((normed, -normed), -1)[:, :32].view(4, 2, 16).transpose(0, 1)
     weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
     mixed = torch.bmm(weights, q).transpose(0, 1).reshape(4, 32)
     mixed += torch.arange(32) * 0.01
@@ -59,7 +60,9 @@ def test_fixed_addresses_are_read_anew() -> None:
     assert cache.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("read", [lambda x: x * x.sum().item(), lambda x: x[x > 0].sum() * x, lambda x: x * bool(x.any())])
+@pytest.mark.parametrize("read", [
+    lambda x: x * x.sum().item(), lambda x: x[x > 0].sum() * x, lambda x: x * bool(x.any()),
+])
 def test_a_host_read_fails_the_capture(read: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """A value read once on the host and baked in for ever, where CUDA would have refused."""
     with pytest.raises(CaptureFailed, match="reads a value back"):

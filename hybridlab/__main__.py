@@ -1,0 +1,5 @@
+"""`python -m hybridlab` is the command `hybridlab`."""
+
+from hybridlab.cli import app
+
+app()
