@@ -133,6 +133,7 @@ class LoweredExecutor:
         if config.arm in ("graph", "hybrid"):
             self.graphs = GraphCache(model.device, config.cache_bytes, counters)
         self.pending: dict[Hashable, Program] = {}
+        self.bucket: int | None = None
         self.parts = {"prepare": self._prepare, "forward": self._forward, "sample": self._sample}
 
     def program(self, phase: str, rows: int, namespace: str | None = None) -> Program:
@@ -234,6 +235,9 @@ class LoweredExecutor:
         while self.pending:
             key, program = self.pending.popitem()
             self._try_capture(key, program)
+        if self.bucket is None:  # a length of its own, which may never come again
+            self.programs = {key: p for key, p in self.programs.items() if key[1] == "decode" or key[2] in self.buckets}
+            self.inputs = {key: i for key, i in self.inputs.items() if key[0] == "decode" or key[1] in self.buckets}
 
     def capture_for(self, lengths: list[int]) -> None:
         """Capture decode and the bucket of every length, unless they are there or cannot be captured."""

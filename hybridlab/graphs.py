@@ -70,6 +70,7 @@ class CudaGraph:
 class GraphCache:
     """Captured graphs by key, least recently used first out, under `budget` bytes (None: no limit).
 
+    The newest graph stays even if it is larger than the budget: it is about to be replayed.
     Keys name everything a graph bakes in. A key whose capture failed keeps its reason in `failed` and is not tried
     again. Graphs share one memory pool: they never run at the same time and nothing but their declared buffers is
     read after a replay.

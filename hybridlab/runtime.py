@@ -118,7 +118,7 @@ class Runtime:
     def warm_up(self, lengths: Iterable[int], temperature: float = 0.0, top_k: int | None = None,
                 top_p: float | None = None) -> None:
         """Capture and compile all that prompts of these lengths need, and sampling of this kind."""
-        lengths = sorted({n for n in lengths if 0 < n < self.max_len})
+        lengths = sorted({min(n, self.max_len - 1) for n in lengths if n > 0} - {0})  # room for one new token
         with self._owned():
             self._executor.capture_for(lengths)
         for length in {self.bucket_for(n) or n: n for n in lengths}.values():

@@ -122,6 +122,13 @@ def test_capture_policies(tiny: PreTrainedModel, references: dict[int, list[int]
         assert runtime.counters["misses"] == {"async": NEW, "sync": 2, "never": 2 * NEW, "ahead": 0}[capture]
 
 
+def test_ahead_leaves_no_bucket_out(tiny: PreTrainedModel) -> None:
+    """The last bucket, which only prompts shorter than the cache can use, found uncaptured by the first such prompt."""
+    with hl.Runtime(tiny, arm="graph", capture="ahead", buckets=[16, 48], max_len=48) as runtime:
+        assert runtime.counters.captures == 3
+        assert runtime.generate(prompt(tiny, 40), max_new_tokens=3, stop=[]).paths == ["graph"] * 3
+
+
 def test_tokens_survive_eviction(tiny: PreTrainedModel, references: dict[int, list[int]]) -> None:
     """A recaptured graph that replays what its predecessor had baked in."""
     with hl.Runtime(tiny, arm="graph", capture="sync", cache_bytes=1, max_len=600) as runtime:
@@ -155,6 +162,7 @@ def test_a_prompt_beyond_every_bucket_is_served(tiny: PreTrainedModel, reference
         assert (out.paths[0], out.bucket) == ("eager", None)
         assert "no bucket holds 64" in out.reasons[0]
         assert runtime.generate(prompt(tiny, 63), max_new_tokens=NEW, stop=[]).paths[0] == "graph"
+        assert {rows for _, phase, rows in runtime._executor.programs if phase == "prefill"} <= {16, 63}
 
 
 def test_a_prompt_may_fill_the_cache(tiny: PreTrainedModel) -> None:
