@@ -241,21 +241,20 @@ def _label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterat
 
 
 def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
-    symbols = sorted({str(s) for n in (node, *node.all_input_nodes) for s in _symbols(n)})
     name = str(node.target)
-    if symbols:
+    if any(_has_symbol(n) for n in (node, *node.all_input_nodes)):
         why = ("it concatenates onto the cache" if "cat" in name and length == "the KV length"
                else "it attends over that many rows" if "attention" in name else "an input has it")
-        return "host-dynamic", f"shape holds {', '.join(symbols)}, {length}, because {why}"
+        return "host-dynamic", f"shape holds S, {length}, because {why}"
     if sources:
         return "device-dynamic", f"reads the {' and the '.join(dict.fromkeys(sources))} from device memory"
     return "static", "same shapes and addresses at every step"
 
 
-def _symbols(node: fx.Node) -> set[Any]:
+def _has_symbol(node: fx.Node) -> bool:
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
-    return {s for part in parts if part is not None for s in free_symbols(part)}
+    return any(free_symbols(part) for part in parts if part is not None)
 
 
 def _layer(module: str) -> int | None:
