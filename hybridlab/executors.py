@@ -13,7 +13,7 @@ from hybridlab import kernels, ops
 from hybridlab.buckets import bucket_for
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureFailed
+from hybridlab.errors import CaptureFailed, ModelError
 from hybridlab.graphs import GraphCache
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.partitioning import Plan
@@ -77,6 +77,9 @@ class StockExecutor:
     REASON = "arm eager launches every operation from Python"
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model, "_is_stateful", False):
+            raise ModelError(f"{type(model).__name__} keeps a state that is no KV cache", model.name_or_path,
+                             "hybridlab serves decoders whose only state is keys and values")
         self.model = model
         self.controls = Controls(model.device, PLAIN)
 
@@ -266,9 +269,9 @@ class LoweredExecutor:
         self.pending.clear()
 
 
-def executor(model: PreTrainedModel, plan: Plan, config: RuntimeConfig, buckets: tuple[int, ...], max_len: int,
-             counters: Counters) -> Any:
-    """The executor of `config.arm`."""
-    if config.arm == "eager":
+def executor(model: PreTrainedModel, plan: Plan | None, config: RuntimeConfig, buckets: tuple[int, ...],
+             max_len: int, counters: Counters) -> Any:
+    """The executor of `config.arm`; without a plan, of arm eager."""
+    if plan is None:
         return StockExecutor(model)
     return LoweredExecutor(model, plan, config, buckets, max_len, counters)

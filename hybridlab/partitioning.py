@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hybridlab import models, ops
 from hybridlab.config import POLICIES
 from hybridlab.errors import LoweringError, choose
-from hybridlab.lowering import PLAIN, Inputs, Program, StaticKV, lower
+from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower, verify
 
 assert ops  # registers hybridlab::*, which lowered programs call
 
@@ -118,14 +118,21 @@ _PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str | None, str], 
 
 
 def _stock(model: PreTrainedModel, phase: str) -> Plan:
-    graph = trace_stock(model, phase)
+    try:
+        graph = trace_stock(model, phase)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LoweringError(f"a step of {type(model).__name__} could not be traced", _first_line(error)) from error
     controls = dict(zip(graph.find_nodes(op="placeholder"), ("token id", "position"), strict=False))
     labelled = tuple(_label(graph, controls, "the KV length" if phase == "decode" else "the prompt length"))
     return Plan(model.name_or_path, phase, None, labelled, (Segment("step", "eager", "nothing is lowered"),))
 
 
 def _lowered(model: PreTrainedModel, policy: str, phase: str) -> Plan:
-    graph_module, program = trace_lowered(model, phase)
+    try:
+        verify(model)
+        graph_module, program = trace_lowered(model, phase)
+    except (RuntimeError, TypeError, ValueError) as error:  # whatever a family's own code makes of our attention
+        raise LoweringError(f"{type(model).__name__} could not be lowered", _first_line(error), EAGER) from error
     fixed = dict(zip(map(id, program.inputs), ("token id", "position", "last row"), strict=True))
     controls = {
         node: fixed[id(getattr(graph_module, str(node.target)))]
@@ -136,10 +143,9 @@ def _lowered(model: PreTrainedModel, policy: str, phase: str) -> Plan:
     left = [o for o in forward if o.kind == "host-dynamic"]
     if left:
         raise LoweringError(f"{len(left)} host-dynamic operations are left in {model.name_or_path}",
-                            f"the first is {left[0].op}: {left[0].reason}", "run it with arm='eager'")
+                            f"the first is {left[0].op}: {left[0].reason}", EAGER)
     if not any(o.op == _ATTEND for o in forward):
-        raise LoweringError(f"{model.name_or_path} never called the lowered attention", f"policy {policy!r}",
-                            "run it with arm='eager'")
+        raise LoweringError(f"{model.name_or_path} never called the lowered attention", f"policy {policy!r}", EAGER)
     prepare, reason = _OUTSIDE[phase]
     before = Op("prepare", prepare, None, "", "device-dynamic", reason, "prepare", "jit")
     after = Op("sample", "hybridlab.sample.default", None, "", "device-dynamic",
@@ -255,6 +261,10 @@ def _has_symbol(node: fx.Node) -> bool:
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
     return any(free_symbols(part) for part in parts if part is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _layer(module: str) -> int | None:

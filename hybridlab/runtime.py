@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, RuntimeClosed
 from hybridlab.executors import Step, executor
 from hybridlab.lowering import twin
-from hybridlab.partitioning import partition
+from hybridlab.partitioning import Plan, partition
 from hybridlab.request import Request, request
 
 DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
@@ -74,12 +75,18 @@ class Runtime:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
         self.buckets = ladder(self.config.buckets, self.max_len)
         self.counters = Counters()
-        self.plan = partition(self.model, None if arm == "eager" else policy).for_arm(arm)
-        self._executor = executor(self.model, self.plan, self.config, self.buckets, self.max_len, self.counters)
+        plan = None if arm == "eager" else self.plan  # refuses a model that cannot be lowered
+        self._executor = executor(self.model, plan, self.config, self.buckets, self.max_len, self.counters)
         self._busy = threading.Lock()
         self._closed = False
         if capture == "ahead":
             self.warm_up(self.buckets)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
+        arm = self.config.arm
+        return partition(self.model, None if arm == "eager" else self.config.policy).for_arm(arm)
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int = 0,
