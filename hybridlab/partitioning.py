@@ -228,19 +228,19 @@ def _label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterat
     """Kind and reason of every operation, in order.
 
     host-dynamic: a free symbol stands in a shape of its output or an input. device-dynamic: it consumes a control
-    value, one computed from ids, positions or the last row alone. Otherwise static.
+    value, one computed from ids, positions or the last row, and constants, alone. Otherwise static.
     """
     control = dict(controls)
-    computed: set[fx.Node] = set()
+    data = set(graph.find_nodes(op="placeholder")) - control.keys()
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         sources = [n for n in node.all_input_nodes if n in control]
-        dynamic = [n for n in node.all_input_nodes if n in computed]
-        if sources and not dynamic and str(node.target) != _ATTEND and "embedding" not in str(node.target):
+        looks_up = str(node.target) == _ATTEND or "embedding" in str(node.target)
+        if any(n in data for n in node.all_input_nodes) or (sources and looks_up):
+            data.add(node)
+        elif sources:
             control[node] = control[sources[0]]
-        else:
-            computed.add(node)
         kind, reason = _kind(node, [control[n] for n in sources], length)
         module = str((node.meta.get("custom") or {}).get("module", ""))
         yield Op(node.name, str(node.target), _layer(module), module, kind, reason)
