@@ -13,10 +13,11 @@ from hybridlab import kernels, ops
 from hybridlab.buckets import bucket_for
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureFailed, ModelError
+from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.graphs import GraphCache
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.partitioning import Plan
+from hybridlab.verify import verify_cached
 
 assert kernels, ops  # both register the namespaces that programs call
 
@@ -31,6 +32,8 @@ class Step(NamedTuple):
 
 class Executor(Protocol):
     """Serves one request at a time: `start`, `prefill` once, then `decode` for every further token."""
+
+    def check(self) -> None: ...
 
     def start(self, sampling: Sampling) -> None: ...
 
@@ -77,11 +80,12 @@ class StockExecutor:
     REASON = "arm eager launches every operation from Python"
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if getattr(model, "_is_stateful", False):
-            raise ModelError(f"{type(model).__name__} keeps a state that is no KV cache", model.name_or_path,
-                             "hybridlab serves decoders whose only state is keys and values")
+        verify_cached(model)
         self.model = model
         self.controls = Controls(model.device, PLAIN)
+
+    def check(self) -> None:
+        """Nothing to check: the stock modules read whatever weights the model has."""
 
     def start(self, sampling: Sampling) -> None:
         self.cache = DynamicCache(config=self.model.config)
@@ -123,6 +127,7 @@ class LoweredExecutor:
         self.model, self.plan, self.config, self.buckets, self.counters = model, plan, config, buckets, counters
         self.namespace = JIT if config.arm in ("jit", "hybrid") else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
+        self.weights = _addresses(model)
         self.controls = Controls(model.device, self.namespace)
         self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
         self.logits = torch.zeros(model.config.vocab_size, device=model.device)
@@ -135,7 +140,7 @@ class LoweredExecutor:
         self.graphs: GraphCache | None = None
         if config.arm in ("graph", "hybrid"):
             self.graphs = GraphCache(model.device, config.cache_bytes, counters)
-        self.pending: dict[Hashable, Program] = {}
+        self.pending: dict[Hashable, tuple[str, Program]] = {}
         self.bucket: int | None = None
         self.parts = {"prepare": self._prepare, "forward": self._forward, "sample": self._sample}
 
@@ -150,6 +155,13 @@ class LoweredExecutor:
             span = rows if phase == "prefill" else self.kv.capacity
             self.programs[key] = Program(self.modules[namespace], self.kv, self.logits, inputs, span)
         return self.programs[key]
+
+    def check(self) -> None:
+        """Raise `StaleAddress` if a weight was replaced: graphs and lowered modules hold the old one."""
+        if _addresses(self.model) != self.weights:
+            raise StaleAddress("a weight of the model was replaced since this runtime was built",
+                               "its graphs and lowered modules still read the old one",
+                               "make a new Runtime, or change weights in place with copy_()")
 
     def start(self, sampling: Sampling) -> None:
         self.controls.set(sampling, self.model.config.vocab_size)
@@ -215,13 +227,18 @@ class LoweredExecutor:
         if self.config.capture == "never":
             return "capture policy is never"
         if self.config.capture == "async":
-            self.pending[key] = program
+            self.pending[key] = phase, program
             return "no graph yet; its capture waits behind this request"
         try:
-            self.graphs.capture(key, program, program.buffers)
+            self._capture(key, phase, program)
         except CaptureFailed as error:
             return str(error)
         return None
+
+    def _capture(self, key: Hashable, phase: str, program: Program) -> None:
+        """Decode is pinned: every token needs it, and a prefill graph only the first."""
+        assert self.graphs is not None
+        self.graphs.capture(key, program, program.buffers, pin=phase == "decode")
 
     def _fall_back(self, phase: str, program: Program, reason: str) -> tuple[str, str]:
         self.counters.fallbacks += 1
@@ -235,9 +252,9 @@ class LoweredExecutor:
 
     def finish(self) -> None:
         """Capture what the finished request missed: behind it, so that none of its tokens waited."""
-        while self.pending:
-            key, program = self.pending.popitem()
-            self._try_capture(key, program)
+        for key, (phase, program) in self.pending.items():
+            self._try_capture(key, phase, program)
+        self.pending.clear()
         if self.bucket is None:  # a length of its own, which may never come again
             self.programs = {key: p for key, p in self.programs.items() if key[1] == "decode" or key[2] in self.buckets}
             self.inputs = {key: i for key, i in self.inputs.items() if key[0] == "decode" or key[1] in self.buckets}
@@ -251,12 +268,11 @@ class LoweredExecutor:
                                (self.program("decode", 1), "decode")]:
             key = self._key(phase, program)
             if key not in self.graphs and key not in self.graphs.failed:
-                self._try_capture(key, program)
+                self._try_capture(key, phase, program)
 
-    def _try_capture(self, key: Hashable, program: Program) -> None:
-        assert self.graphs is not None
+    def _try_capture(self, key: Hashable, phase: str, program: Program) -> None:
         try:
-            self.graphs.capture(key, program, program.buffers)
+            self._capture(key, phase, program)
         except CaptureFailed:
             if self.config.fallback == "raise":
                 raise
@@ -267,6 +283,10 @@ class LoweredExecutor:
         self.programs.clear()
         self.modules.clear()
         self.pending.clear()
+
+
+def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
+    return [(p.data_ptr(), p.dtype) for p in model.parameters()]
 
 
 def executor(model: PreTrainedModel, plan: Plan | None, config: RuntimeConfig, buckets: tuple[int, ...],

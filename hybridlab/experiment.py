@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hybridlab import environment, measure, models, records, stats
+from hybridlab import environment, measure, models, names, records, stats
 from hybridlab.config import RunConfig, as_dict, build
-from hybridlab.errors import ConfigError, PromptError, RunError
+from hybridlab.errors import ConfigError, RunError
 from hybridlab.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -106,10 +106,11 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
     RunError when a graph was captured or a kernel compiled inside a timed request.
     """
     config = _checked(config)
+    names.require_fit(config, names.context(config.model))
     with _reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
-        _check_context(model, config)
+        names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
         with _threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
@@ -132,6 +133,8 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
                                                         capture="sync", max_len=_cache_rows(model, config)))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
+        if model.dtype == torch.float32:
+            _require_agreement(runtimes, prompts, config)
         started, done = time.monotonic(), 0
         for done, rows in enumerate(measure.rounds(runtimes, prompts, config), start=1):
             target.append(rows)
@@ -156,12 +159,16 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _check_context(model: Any, config: RunConfig) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(config.lengths) + config.new_tokens
-    if context is not None and longest > context:
-        raise PromptError(f"prompt length {max(config.lengths)} + new_tokens {config.new_tokens} = {longest}",
-                          f"the context of {config.model} holds {context} tokens", "lower lengths or new_tokens")
+def _require_agreement(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig) -> None:
+    """Refuse to time arms that differ in a greedy token. In half precision a near-tie may fall either way."""
+    for length in {min(prompts), max(prompts)}:
+        answers = {arm: runtime.generate(prompts[length], max_new_tokens=config.new_tokens, stop=[]).ids
+                   for arm, runtime in runtimes.items()}
+        first, *others = answers
+        wrong = [arm for arm in others if answers[arm] != answers[first]]
+        if wrong:
+            raise RunError(f"greedy tokens of {' and '.join(wrong)} differ from those of {first}",
+                           f"{config.model}, prompt of {length} tokens", "report this: their times compare nothing")
 
 
 def _check_undisturbed(rows: list[measure.Row]) -> None:

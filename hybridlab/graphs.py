@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybridlab import kernels
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureClosed, CaptureFailed, HybridlabError, StaleAddress
+from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
 from hybridlab.tape import Tape
 
 
@@ -82,6 +82,7 @@ class GraphCache:
         self.closed = False
         self._graphs: OrderedDict[Hashable, tuple[Graph, Sequence[Tensor], tuple[int, ...]]] = OrderedDict()
         self._leased: set[Hashable] = set()
+        self._pinned: set[Hashable] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __contains__(self, key: Hashable) -> bool:
@@ -110,8 +111,10 @@ class GraphCache:
         finally:
             self._leased.discard(key)
 
-    def capture(self, key: Hashable, function: Callable[[], None], buffers: Sequence[Tensor]) -> None:
-        """Capture `function` under `key`; it must read and write only `buffers` and what never moves.
+    def capture(self, key: Hashable, function: Callable[[], None], buffers: Sequence[Tensor],
+                pin: bool = False) -> None:
+        """Capture `function` under `key`; it must read and write only `buffers` and what never moves. With `pin` it
+        is never evicted.
 
         It runs once before, so that nothing is compiled or loaded during capture. Raises `CaptureFailed` with the
         cause, or `CaptureClosed`; in both cases the cache is as it was.
@@ -125,26 +128,30 @@ class GraphCache:
                 function()
             compiled = kernels.compiles()
             graph: Graph = Tape(function) if self._pool is None else CudaGraph(function, self._pool)
-        except (RuntimeError, HybridlabError) as error:
-            self.failed[key] = f"capture failed: {error}"
-            self.counters.failures += 1
-            raise CaptureFailed(f"graph {key} could not be captured", str(error),
-                                "its steps run without a graph; fallback='raise' stops instead") from error
+        except Exception as error:  # whatever the model's code or a compiler raises: the request must go on
+            raise self._failure(key, str(error)) from error
         if kernels.compiles() != compiled:
             graph.reset()
-            self.failed[key] = "a kernel was compiled during capture"
-            raise CaptureFailed(f"graph {key} compiled a kernel during capture", "its warm-up ran another program")
+            raise self._failure(key, "a kernel was compiled during capture: its warm-up ran another program")
         self._graphs[key] = (graph, buffers, tuple(t.data_ptr() for t in buffers))
+        if pin:
+            self._pinned.add(key)
         self.counters.captures += 1
         self.counters.capture_ms += (time.perf_counter() - start) * 1e3
         self.counters.graph_bytes += graph.nbytes
         self._evict(keep=key)
 
+    def _failure(self, key: Hashable, cause: str) -> CaptureFailed:
+        self.failed[key] = f"capture failed: {cause}"
+        self.counters.failures += 1
+        return CaptureFailed(f"graph {key} could not be captured", cause,
+                             "its steps run without a graph; fallback='raise' stops instead")
+
     def _evict(self, keep: Hashable | None) -> None:
         for key in list(self._graphs):
             if self.budget is None or self.counters.graph_bytes <= self.budget:
                 return
-            if key != keep and key not in self._leased:
+            if key != keep and key not in self._leased and key not in self._pinned:
                 self._drop(key)
                 self.counters.evictions += 1
 

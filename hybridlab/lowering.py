@@ -20,9 +20,6 @@ from hybridlab.errors import LoweringError
 
 EAGER = "run it with arm='eager'"
 ATTENTION = {"full_attention", "sliding_attention"}
-PROBE = 17  # tokens of the comparison with the stock forward
-# Of the largest logit. Rounding in another order moves logits by a hundredth of this; a wrong mask or scale by more.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-6}
 PLAIN, JIT = "hybridlab", "hybridlab_jit"  # namespaces of `attend`: the specification, and its JIT kernels
 
 
@@ -137,27 +134,3 @@ def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     lowered = twin(model)
     lowered.set_attn_implementation(namespace)
     return lowered
-
-
-def verify(model: PreTrainedModel) -> None:
-    """Run a prefill and a decode step lowered, and compare the logits with the model's own forward.
-
-    Raises `LoweringError` if they differ by more than rounding: some families mask, scale or cache in ways that
-    lowering does not know, and would otherwise give plausible wrong tokens.
-    """
-    device, config = model.device, model.config
-    ids = torch.arange(PROBE, device=device)[None] * 7 % config.vocab_size
-    kv = StaticKV(config, PROBE, device, model.dtype)
-    logits = torch.zeros(config.vocab_size, device=device)
-    module = lower(model, PLAIN)
-    with torch.no_grad():
-        wanted = twin(model)(input_ids=ids, use_cache=False).logits[0, -1].float()
-        for rows, first in ((PROBE - 1, 0), (1, PROBE - 1)):
-            inputs = Inputs.of(rows, device)
-            inputs.ids.copy_(ids[:, first:first + rows])
-            inputs.positions.add_(first)
-            Program(module, kv, logits, inputs, PROBE if rows == 1 else rows)()
-    error = ((logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
-    if not (error <= TOLERANCE[model.dtype] or not torch.isfinite(wanted).all()):
-        raise LoweringError(f"lowered logits of {type(model).__name__} differ from the model's own",
-                            f"by {error:.1e} of the largest, after {PROBE} tokens in {model.dtype}", EAGER)

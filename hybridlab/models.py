@@ -21,20 +21,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from hybridlab import checkpoint
-from hybridlab.architectures import ARCHITECTURES
+from hybridlab import checkpoint, names
 from hybridlab.config import DTYPES
 from hybridlab.errors import ConfigError, ModelError, choose, nearest
-from hybridlab.paths import data_dir
 
 log = logging.getLogger(__name__)
 
 SEED = 0  # of the weights of every "random:" model
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 HUB_NOT = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's second copy of the weights
 
-KNOWN = ("tiny", *(f"random:{name}" for name in ARCHITECTURES))
 
 
 def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.device = "auto",
@@ -54,11 +50,11 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
         raise ModelError(f"{type(spec).__name__} is no model", f"got {spec!r}",
                          "give a name, a directory or an instantiated transformers causal LM")
     name, target = os.fspath(spec), resolve_device(device)
-    if name.startswith("random:"):
+    if name.startswith(names.RANDOM):
         model = _random(name, target, wanted)
         model.tokenizer = None
     else:
-        model = _from_directory(_locate(name), target, wanted)
+        model = _from_directory(names.directory(name) or _fetch(name), target, wanted)
     model.name_or_path = name
     return model.eval().requires_grad_(False)
 
@@ -92,45 +88,18 @@ def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | N
         raise ModelError(f"the model is {here.dtype} on {here.device}",
                          f"device={str(device)!r}, dtype={dtype!r} were asked for, but an instance is taken as it is",
                          "move it with model.to(...) first")
-    if not hasattr(model, "tokenizer"):
-        model.tokenizer = None
     return model
 
 
 def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedModel:
     """Seeded weights by transformers' own initialisation, made on `device` in `dtype`: there is never a second copy."""
-    architecture = name.removeprefix("random:")
-    if architecture not in ARCHITECTURES:
-        raise ModelError(f"architecture {architecture!r} is unknown", f"in model {name!r}",
-                         nearest(architecture, ARCHITECTURES))
-    config = AutoConfig.for_model(**ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(**names.architecture(name))
     kind = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
     _require_memory(_skeleton(config, kind, name), device, name)
     cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), device:
         torch.manual_seed(SEED)
         return AutoModelForCausalLM.from_config(config, dtype=kind)
-
-
-def _locate(name: str) -> Path:
-    """The directory that holds `name`, fetched from the Hub when it is an id. Raises `ModelError` for a wrong name."""
-    if name == "tiny":
-        folder = data_dir() / "models" / "tiny"
-        if not (folder / "config.json").is_file():
-            raise ModelError("the embedded model is missing", f"no config.json in {folder}",
-                             "install hybridlab again, or make it: python data/models/train_tiny.py")
-        return folder
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder.absolute()
-    if folder.is_file():
-        raise ModelError(f"{name!r} is a file", "a model is a directory in Hugging Face layout",
-                         f"did you mean {str(folder.parent)!r}?")
-    if HUB_ID.fullmatch(name):
-        return _fetch(name)
-    if "/" in name or os.sep in name:
-        raise ModelError(f"model directory {name!r} does not exist", f"looked in {Path.cwd()}", "check the path")
-    raise ModelError(f"model {name!r} is unknown", "it is no directory, no Hub id (owner/name)", nearest(name, KNOWN))
 
 
 def _fetch(name: str) -> Path:
@@ -146,7 +115,7 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # network, authorisation and cache errors come from several libraries
         raise ModelError(f"model {name!r} could not be fetched", f"it is no directory here, and the Hub said: "
                          f"{type(error).__name__}: {error}",
-                         f"check the name, the network and `hf auth login`; {nearest(name, KNOWN)}") from error
+                         f"check the name, the network and `hf auth login`; {nearest(name, names.KNOWN)}") from error
 
 
 def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> PreTrainedModel:

@@ -117,7 +117,7 @@ def sample(logits: Tensor, seed: Tensor, positions: Tensor, temperature: Tensor,
 def gumbel(seed: Tensor, positions: Tensor, count: int) -> Tensor:
     """float32 [count] standard Gumbel noise of Philox counters (entry, position), key seed."""
     bits = philox(seed, positions, count)
-    uniform = (bits >> 8).float() * 2.0**-24 + 2.0**-25
+    uniform = (bits >> 9).float() * 2.0**-23 + 2.0**-24  # 2**-24 to 1 - 2**-24, each exact in float32: never 0 or 1
     return -torch.log(-torch.log(uniform))
 
 
@@ -125,19 +125,22 @@ def philox(seed: Tensor, positions: Tensor, count: int) -> Tensor:
     """First 32-bit word of Philox4x32-10 (Salmon et al., SC 2011) as int64 [count].
 
     Counter (entry, position, 0, 0), key the two halves of seed: what `tl.philox(seed, entry, position, 0, 0)` gives.
-    int64 stands in for uint32: a product wraps modulo 2^64, and masking after the shift recovers its high word.
     """
     x0 = torch.arange(count, device=seed.device)
     x1 = (positions & _MASK).expand(count)
     x2 = x3 = torch.zeros_like(x0)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        low, high = _PHILOX_MULTIPLIERS[0] * x0, _PHILOX_MULTIPLIERS[1] * x2
-        x0, x1, x2, x3 = (
-            ((high >> 32) & _MASK) ^ x1 ^ k0, high & _MASK, ((low >> 32) & _MASK) ^ x3 ^ k1, low & _MASK,
-        )
+        (high0, low0), (high1, low1) = (_wide_product(m, x) for m, x in zip(_PHILOX_MULTIPLIERS, (x0, x2), strict=True))
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
         k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
     return x0
+
+
+def _wide_product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of factor * x, both below 2^32 in int64, without a sum that could overflow."""
+    upper, lower = (factor >> 16) * x, (factor & 0xFFFF) * x
+    return (upper + (lower >> 16)) >> 16, (lower + ((upper & 0xFFFF) << 16)) & _MASK
 
 
 REFERENCE: dict[str, Callable[..., Tensor | None]] = {

@@ -13,6 +13,7 @@ import nbformat
 
 from hybridlab.config import RunConfig, build
 from hybridlab.errors import NotebookError, nearest
+from hybridlab.names import context, require_fit
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -93,7 +94,9 @@ def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str
                                 nearest(str(parameter)[:80], taken) if taken else "")
         _plain(parameter, value)
     _single_owner(notebook, name, taken)
-    return build(RunConfig, taken | dict(parameters))
+    config = build(RunConfig, taken | dict(parameters))
+    require_fit(config, context(config.model))
+    return config
 
 
 def _plain(where: str, value: Any) -> None:

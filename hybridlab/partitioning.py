@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from hybridlab import models, ops
 from hybridlab.config import POLICIES
 from hybridlab.errors import LoweringError, choose
-from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower, verify
+from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower
+from hybridlab.verify import verify_lowered
 
 assert ops  # registers hybridlab::*, which lowered programs call
 
@@ -129,7 +130,7 @@ def _stock(model: PreTrainedModel, phase: str) -> Plan:
 
 def _lowered(model: PreTrainedModel, policy: str, phase: str) -> Plan:
     try:
-        verify(model)
+        verify_lowered(model)
         graph_module, program = trace_lowered(model, phase)
     except (RuntimeError, TypeError, ValueError) as error:  # whatever a family's own code makes of our attention
         raise LoweringError(f"{type(model).__name__} could not be lowered", _first_line(error), EAGER) from error

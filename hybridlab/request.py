@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from hybridlab.config import Sampling, build
 from hybridlab.errors import PromptError
 
+COLDEST = 1e-4  # temperature; logits of some hundreds over less than this leave float32
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What one call of `generate` asks for; `ids` fit the model and, with the new tokens, the KV cache."""
@@ -36,6 +38,9 @@ def request(model: PreTrainedModel, prompt: Any, max_len: int, max_new_tokens: i
         raise PromptError(f"{len(ids)} prompt tokens and {max_new_tokens} new ones do not fit",
                           f"the KV cache holds {max_len} tokens", "shorten the prompt, ask for fewer new tokens, "
                           "or raise max_len up to the model's context")
+    if 0 < sampling.get("temperature", 0) < COLDEST:
+        raise PromptError(f"temperature is {sampling['temperature']}", f"below {COLDEST} scores overflow float32",
+                          "give 0 for greedy")
     ends = _end_tokens(model) if stop is None else _as_ids("stop", stop, vocabulary)
     return Request(ids=ids, max_new_tokens=max_new_tokens, sampling=build(Sampling, sampling), stop=frozenset(ends))
 

@@ -16,7 +16,7 @@ from hybridlab import kernels, models
 from hybridlab.buckets import bucket_for, ladder
 from hybridlab.config import RuntimeConfig, build
 from hybridlab.counters import Counters
-from hybridlab.errors import ConfigError, EngineBusy, NonFinite, RuntimeClosed
+from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
 from hybridlab.executors import Step, executor
 from hybridlab.lowering import twin
 from hybridlab.partitioning import Plan, partition
@@ -64,12 +64,13 @@ class Runtime:
                  fallback: str = "jit", process: str = "here") -> None:
         self.config = build(RuntimeConfig, {
             "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels,
-            "buckets": None if buckets is None else tuple(buckets), "capture": capture, "cache_bytes": cache_bytes,
-            "max_len": max_len, "fallback": fallback, "process": process,
+            "buckets": tuple(buckets) if isinstance(buckets, Iterable) else buckets, "capture": capture,
+            "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback, "process": process,
         })
         self.model = _ready(models.load(model, device=device, dtype=dtype))
         self.device: torch.device = self.model.device
-        context = self.model.config.max_position_embeddings
+        text = self.model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_LEN  # ALiBi models name none
         self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
         if self.max_len > context:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
@@ -125,12 +126,27 @@ class Runtime:
     def warm_up(self, lengths: Iterable[int], temperature: float = 0.0, top_k: int | None = None,
                 top_p: float | None = None) -> None:
         """Capture and compile all that prompts of these lengths need, and sampling of this kind."""
-        lengths = sorted({min(n, self.max_len - 1) for n in lengths if n > 0} - {0})  # room for one new token
+        lengths = self._lengths(lengths)
         with self._owned():
+            self._executor.check()
             self._executor.capture_for(lengths)
         for length in {self.bucket_for(n) or n: n for n in lengths}.values():
             new = min(2, self.max_len - length)
             self.generate([0] * length, max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, stop=[])
+
+    def _lengths(self, lengths: Iterable[int]) -> list[int]:
+        """Checked lengths, each with room for one new token."""
+        self._require_open()
+        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+        for length in lengths:
+            if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= self.max_len:
+                raise PromptError(f"a prompt length to warm up for is {length!r}",
+                                  f"the KV cache holds {self.max_len} tokens", "give whole numbers from 1 to that")
+        return sorted({min(n, self.max_len - 1) for n in lengths} - {0})
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeClosed("this runtime was closed", "", "make a new Runtime")
 
     def bucket_for(self, length: int) -> int | None:
         """The bucket that a prompt of `length` tokens is padded to; None in arm eager, and beyond the largest."""
@@ -150,8 +166,7 @@ class Runtime:
 
     def _request(self, prompt: Any, max_new_tokens: int, stop: Iterable[int] | None, temperature: float,
                  top_k: int | None, top_p: float | None, seed: int) -> Request:
-        if self._closed:
-            raise RuntimeClosed("this runtime was closed", "", "make a new Runtime")
+        self._require_open()
         return request(self.model, prompt, self.max_len, max_new_tokens, stop,
                        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
@@ -159,12 +174,14 @@ class Runtime:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
             try:
+                self._executor.check()
                 start = time.perf_counter_ns()
                 with torch.no_grad():
                     self._executor.start(asked.sampling)
                     step = self._executor.prefill(asked.ids)
                 for index in range(asked.max_new_tokens):
                     if index:
+                        self._require_open()
                         start = time.perf_counter_ns()
                         with torch.no_grad():
                             step = self._executor.decode()
@@ -177,8 +194,9 @@ class Runtime:
                     if step.id in asked.stop:
                         return
             finally:
-                with torch.no_grad():
-                    self._executor.finish()
+                if not self._closed:
+                    with torch.no_grad():
+                        self._executor.finish()
 
     def _owned(self) -> _Owned:
         return _Owned(self._busy, self.counters)

@@ -6,6 +6,7 @@ decided by where the tensors are, so a graph captured on either holds the kernel
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,12 +17,12 @@ from torch import Tensor
 from hybridlab import ops
 from hybridlab.kernels import attend, inductor, inputs, sample
 
-_TRITON_COMPILES: list[str] = []
+_TRITON_COMPILES: list[int] = []  # the thread of each compilation
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
 
 def _note_compile(**event: Any) -> Any:
-    _TRITON_COMPILES.append(str(event.get("repr", "")))
+    _TRITON_COMPILES.append(threading.get_ident())
     return _EARLIER_HOOK(**event) if _EARLIER_HOOK else None
 
 
@@ -44,8 +45,8 @@ def bind(name: str, args: tuple[Any, ...]) -> Callable[[], Tensor | None]:
 
 
 def compiles() -> int:
-    """JIT compilations in this process so far."""
-    return inductor.count() + len(_TRITON_COMPILES)
+    """JIT compilations by this thread so far."""
+    return inductor.count() + _TRITON_COMPILES.count(threading.get_ident())
 
 
 def _run(name: str) -> Callable[..., Tensor | None]:

@@ -23,21 +23,24 @@ from hybridlab.errors import JITUnavailable
 Compiled = Callable[..., Any]
 
 _COMPILED: dict[tuple[Any, ...], Compiled] = {}
+_COMPILED_BY: list[int] = []  # the thread of each compilation
 _LOCK = threading.Lock()
 
 
 def count() -> int:
-    """Compilations in this process so far."""
-    return len(_COMPILED)
+    """Compilations by this thread so far: what another thread compiles meanwhile is not this one's."""
+    return _COMPILED_BY.count(threading.get_ident())
 
 
 def bind(name: str, args: tuple[Any, ...]) -> Callable[[], Tensor | None]:
     """The compiled kernel of op `name` for `args`, bound to their tensors.
 
-    A kernel belongs to the shapes, strides and dtypes of the tensors and to the values of everything else.
+    A kernel belongs to the shapes, strides and dtypes of the tensors, to the values of everything else, and to the
+    number of threads it was compiled for.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
-    key = (name, *((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args))
+    shapes = ((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
+    key = (name, torch.get_num_threads(), *shapes)
     compiled = _COMPILED.get(key)
     if compiled is None:
         with _LOCK:
@@ -55,6 +58,9 @@ def _compile(name: str, args: tuple[Any, ...]) -> Compiled:
         return ops.REFERENCE[name](*(next(given) if isinstance(a, Tensor) else a for a in args))
 
     # Compiling runs the op once on stand-ins: the caller's cache and buffers must not be written twice.
-    tensors = [a.clone() if isinstance(a, Tensor) else a for a in args if isinstance(a, Tensor)]
+    # They have the caller's strides, which the kernel is compiled for; a clone would be dense.
+    tensors = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) for a in args if isinstance(a, Tensor)]
     with torch.no_grad():
-        return torch._inductor.compile(make_fx(on_tensors)(*tensors), tensors)
+        compiled = torch._inductor.compile(make_fx(on_tensors)(*tensors), tensors)
+    _COMPILED_BY.append(threading.get_ident())
+    return compiled

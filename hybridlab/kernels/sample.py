@@ -58,7 +58,7 @@ def _sample(logits, seed, positions, temperature, top_k, top_p, token, count,
     zero = tl.zeros([block], dtype=tl.int32)
     position = zero + tl.load(positions).to(tl.int32)
     bits, _, _, _ = tl.philox(tl.load(seed), entry, position, zero, zero)
-    uniform = (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.9802322387695312e-08
+    uniform = (bits.to(tl.uint32, bitcast=True) >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
     tl.store(token, _winner(score - tl.log(-tl.log(uniform))))
 
 

@@ -46,6 +46,7 @@ class Runtime:
 
 class Model:
     tokenizer = None
+    dtype = torch.float16
     config = SimpleNamespace(vocab_size=50, bos_token_id=1, max_position_embeddings=64)
     config.get_text_config = lambda: Model.config
 
@@ -61,6 +62,28 @@ def _fakes(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment.models, "load", lambda spec, *, device, dtype: Model())
     monkeypatch.setattr(Runtime, "hook", lambda runtime: None)
     monkeypatch.setattr(Runtime, "alive", 0)
+
+
+@pytest.mark.parametrize(("dtype", "status"), [(torch.float32, "failed"), (torch.float16, "complete")])
+def test_arms_that_disagree_are_not_timed(tmp_path, monkeypatch, dtype, status):
+    """A speed-up over wrong tokens: in float32 arms must agree; in half precision a near-tie may fall either way."""
+    answer = Runtime.generate
+
+    def wrong(runtime, prompt, max_new_tokens, **options):
+        out = answer(runtime, prompt, max_new_tokens, **options)
+        out.ids[-1] += runtime.arm == "hybrid"
+        return out
+
+    monkeypatch.setattr(Model, "dtype", dtype)
+    monkeypatch.setattr(Runtime, "generate", wrong)
+    if status == "complete":
+        experiment.run(CONFIG)
+    else:
+        with pytest.raises(RunError, match="greedy tokens of hybrid differ from those of eager"):
+            experiment.run(CONFIG)
+    recorded = only_run(tmp_path)
+    assert recorded.status == status
+    assert (len(recorded.rows) == 0) == (status == "failed")
 
 
 def only_run(tmp_path):

@@ -61,6 +61,17 @@ def test_nothing_leased_is_evicted() -> None:
     assert held.counters.evictions == 0
 
 
+def test_what_is_pinned_stays() -> None:
+    """A graph that every token needs evicted for one that is needed once."""
+    held, _ = filled(None, "")
+    x, out = torch.ones(SIZE), torch.zeros(SIZE)
+    held.capture("a", doubler(x, out), [], pin=True)
+    held.budget = 1
+    held.capture("b", doubler(x, out), [])
+    held.capture("c", doubler(x, out), [])
+    assert [key in held for key in "abc"] == [True, False, True]
+
+
 def test_counters_add_up() -> None:
     """A replay or a byte that nobody counted."""
     held, tensors = filled(None, "abc")
@@ -110,6 +121,6 @@ def test_a_kernel_compiled_during_capture_is_an_error(monkeypatch: pytest.Monkey
     counts = iter([0, 1])
     monkeypatch.setattr(graphs.kernels, "compiles", lambda: next(counts))
     held = cache()
-    with pytest.raises(CaptureFailed, match="compiled a kernel"):
+    with pytest.raises(CaptureFailed, match="compiled during capture"):
         held.capture("a", doubler(torch.ones(4), torch.zeros(4)), [])
     assert "a" not in held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_triton_sampler_draws_the_same_tokens(entries: int, top_k: int | None, t
     torch.manual_seed(entries)
     logits = (torch.randn(entries) * 3).to(DEVICE)
     plain, jit = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    for seed in (0, 1, 2**40 + 5):
+    for seed in (0, 1, 2**31 + 7, 2**40 + 5, 2**63 - 1):
         values = ([seed], [seed % 999], [0.8], [min(top_k or entries, entries)], [top_p or 1.0])
         controls = (torch.tensor(value, device=DEVICE) for value in values)
         args = (logits, *controls, top_k is not None or top_p is not None)
@@ -113,6 +115,38 @@ def test_inductor_attend_and_its_count() -> None:
     windowed = torch.ops.hybridlab_jit.attend.default(*(a.clone() for a in args), 0.25, 40, 2, 0.0)
     torch.testing.assert_close(windowed, ops.attend(*args, 0.25, 40, 2, 0.0), rtol=1e-5, atol=1e-5)
     assert kernels.compiles() == before + 2
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**32 - 5, 2**32, 2**63 - 1, 3735928559])
+def test_inductor_draws_the_same_tokens_for_every_seed(seed: int) -> None:
+    """Integer arithmetic that overflows in compiled C++ and not in PyTorch, for seeds that few tests use."""
+    torch.manual_seed(1)
+    logits, plain, jit = torch.randn(1500), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for position in (0, 1, 77, 4095):
+        controls = [torch.tensor(value) for value in ([seed], [position], [0.9], [40], [0.95])]
+        for filtered in (False, True):
+            torch.ops.hybridlab.sample.default(logits, *controls, filtered, plain)
+            torch.ops.hybridlab_jit.sample.default(logits, *controls, filtered, jit)
+            assert int(plain) == int(jit)
+
+
+def test_inductor_takes_views_of_a_larger_tensor() -> None:
+    """A kernel compiled for a dense copy and handed the slice of a fused projection."""
+    fused = torch.randn(1, 5, 3 * 4 * 16)
+    q, k, v = (part.view(1, 5, 4, 16).transpose(1, 2) for part in fused.split(64, dim=-1))
+    caches = [torch.zeros(1, 4, 8, 16) for _ in range(2)]
+    got = torch.ops.hybridlab_jit.attend.default(q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0)
+    torch.testing.assert_close(got, ops.attend(q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0))
+
+
+def test_compilations_of_other_threads_are_not_ours() -> None:
+    """A capture that fails for ever because another runtime happened to compile meanwhile."""
+    before = kernels.compiles()
+    logits, token = torch.zeros(33), torch.zeros(1, dtype=torch.int64)
+    worker = threading.Thread(target=torch.ops.hybridlab_jit.greedy.default, args=(logits, token))
+    worker.start()
+    worker.join()
+    assert kernels.compiles() == before
 
 
 def test_compiling_leaves_the_callers_buffers_alone() -> None:

@@ -82,6 +82,12 @@ def test_philox_known_answer(seed: int, position: int, first: int | None) -> Non
         assert int(words[0]) == first
 
 
+def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uniform number that rounds to 0 or 1, once in some million entries: infinite noise, and no token."""
+    monkeypatch.setattr(ops, "philox", lambda seed, positions, count: torch.tensor([0, 1, 2**31, 2**32 - 1]))
+    assert torch.isfinite(ops.gumbel(one(0), one(0), 4)).all()
+
+
 def test_noise_is_gumbel() -> None:
     """Noise of another distribution, which would bend every sampled text. False alarm 1e-6."""
     noise = ops.gumbel(one(1), one(2), 20000).numpy()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hybridlab as hl
-from hybridlab import lowering, ops, partitioning
+from hybridlab import lowering, ops, partitioning, verify
 from hybridlab.errors import ConfigError, LoweringError
 
 
@@ -118,9 +118,9 @@ def test_a_wrong_lowering_is_refused(wrong: dict[str, float], monkeypatch: pytes
         return lowered
 
     lowering.AttentionInterface.register("wrong_lowering", attention)
-    monkeypatch.setattr(lowering, "lower", lower)
+    monkeypatch.setattr(verify, "lower", lower)
     with pytest.raises(LoweringError, match="lowered logits of LlamaForCausalLM differ"):
-        lowering.verify(hl.load("random:tiny-llama-3", device="cpu"))
+        verify.verify_lowered(hl.load("random:tiny-llama-3", device="cpu"))
 
 
 def test_an_operation_left_to_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_an_operation_left_to_the_host_is_refused(monkeypatch: pytest.MonkeyPatc
         count = torch.nonzero(self.inputs.ids).shape[0]
         self.logits.copy_(torch.ones(count).sum())
 
-    monkeypatch.setattr(partitioning, "verify", lambda _: None)
+    monkeypatch.setattr(partitioning, "verify_lowered", lambda _: None)
     monkeypatch.setattr(partitioning.Program, "__call__", reads_back)
     with pytest.raises(LoweringError, match="host-dynamic operations are left"):
         hl.partition(model)

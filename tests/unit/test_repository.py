@@ -24,10 +24,12 @@ PACKAGE = ROOT / "hybridlab"
 
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
-    ("errors", "paths", "counters"),
-    ("config", "stats", "environment", "ops", "trace", "architectures", "checkpoint", "buckets", "static"),
+    ("errors", "paths", "counters", "architectures"),
+    ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static"),
+    ("names",),
     ("kernels", "records", "models", "request", "parameters"),
     ("lowering", "tape", "plots", "widgets"),
+    ("verify",),
     ("partitioning", "graphs"),
     ("executors",),
     ("runtime",),
