@@ -99,7 +99,11 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return msgspec.convert(dict(values), kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{kind.__name__} was refused", str(error), "see its fields for type and range") from None
+        what, _, where = str(error).partition(" - at `$.")
+        name = where.partition("[")[0].strip("`.")
+        shown = repr(values.get(name, dict(values)))[:80]
+        raise ConfigError(f"{name or kind.__name__} is {shown}", what[:1].lower() + what[1:],
+                          f"see {kind.__name__} for types and ranges") from None
 
 
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 
 from hybridlab import notebooks, records
 from hybridlab.config import ARMS
-from hybridlab.errors import ConfigError, NotebookError, NotebookFailed
+from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -85,12 +85,15 @@ def manifest(run: Path) -> dict[str, Any]:
     ({"repeats": True}, "repeats"),
     ({"repeats": 0}, "repeats"),
     ({"lengths": []}, "lengths"),
+    ({"lengths": [10, 5000]}, "the context of tiny holds 1024 tokens"),
+    ({"model": "random:tiny-lama-2"}, "did you mean 'tiny-llama-2'"),
+    ({"model": "./not/there"}, "does not exist"),
 ], ids=lambda value: None if isinstance(value, str) else next(iter(map(str, value)))[:20])
 def test_a_bad_parameter_is_refused_before_anything_is_written(parameters: Any, says: str, tmp_path: Path) -> None:
     """papermill warns about a misspelt name and runs with the default, executes a hostile name, and turns a tuple
     into a string."""
     path = write(tmp_path, "raise SystemExit('a kernel was started')")
-    with pytest.raises((NotebookError, ConfigError)) as caught:
+    with pytest.raises((NotebookError, ConfigError, PromptError, ModelError)) as caught:
         notebooks.run(path, parameters, root=tmp_path / "runs")
     assert says in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -148,7 +151,10 @@ def test_a_run_inside_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_complete_run_has_its_parameters_rows_and_notebook(tmp_path: Path) -> None:
     """Values must arrive in the kernel exactly as given, and rows measured there must belong to this run."""
-    name = 'a "quoted" \\ {brace} naïve\nline'
+    folder = tmp_path / 'a "quoted" \\ {brace} naïve\nline'
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    name = str(folder)
     path = write(tmp_path, RECORD, "run.finish('complete')", f"assert model == {name!r} and lengths == [7, 9]",
                  "import os; assert os.environ['PLOTLY_RENDERER'] == 'plotly_mimetype+notebook_connected'")
     seen: list[Path] = []
