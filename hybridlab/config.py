@@ -109,8 +109,3 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:
     """Plain values that `build` turns back into an equal config, also after a trip through JSON."""
     return msgspec.to_builtins(config)
-
-
-def sampling_of(config: RunConfig) -> Sampling:
-    """The sampling part of an experiment."""
-    return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)

@@ -65,6 +65,14 @@ class StatisticsError(HybridlabError, ValueError):
     """The sample is too small for the statistic asked of it."""
 
 
+class MeasureError(HybridlabError, RuntimeError):
+    """A runtime answered something that cannot be measured."""
+
+
+class FigureError(HybridlabError, ValueError):
+    """A Plotly figure uses something that the static renderer does not draw."""
+
+
 class RunError(HybridlabError):
     """A run directory exists already, is incomplete, or does not match its manifest."""
 

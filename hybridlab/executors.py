@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.graphs import GraphCache
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.partitioning import Plan
+from hybridlab.sampling import Controls
 from hybridlab.verify import verify_cached
 
 assert kernels, ops  # both register the namespaces that programs call
@@ -28,6 +28,16 @@ class Step(NamedTuple):
     id: int
     path: str
     reason: str
+
+
+class Key(NamedTuple):
+    """What one captured graph is for: everything that it bakes in."""
+
+    phase: str
+    rows: int
+    policy: str
+    dtype: str
+    device: str
 
 
 class Executor(Protocol):
@@ -46,32 +56,6 @@ class Executor(Protocol):
     def capture_for(self, lengths: list[int]) -> None: ...
 
     def close(self) -> None: ...
-
-
-class Controls:
-    """What sampling reads from device memory, and the token it writes."""
-
-    def __init__(self, device: torch.device, namespace: str) -> None:
-        self.ops = getattr(torch.ops, namespace)
-        self.seed, self.top_k, self.token = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
-        self.temperature, self.top_p = (torch.ones(1, device=device) for _ in range(2))
-        self.random = self.filtered = False
-
-    def set(self, sampling: Sampling, vocabulary: int) -> None:
-        self.random = sampling.temperature > 0
-        self.filtered = sampling.top_k is not None or sampling.top_p is not None
-        if self.random:
-            self.seed.fill_(sampling.seed)
-            self.temperature.fill_(sampling.temperature)
-            self.top_k.fill_(min(sampling.top_k or vocabulary, vocabulary))
-            self.top_p.fill_(sampling.top_p or 1.0)
-
-    def draw(self, logits: Tensor, positions: Tensor) -> None:
-        if self.random:
-            self.ops.sample.default(logits, self.seed, positions, self.temperature, self.top_k, self.top_p,
-                                    self.filtered, self.token)
-        else:
-            self.ops.greedy.default(logits, self.token)
 
 
 class StockExecutor:
@@ -140,7 +124,8 @@ class LoweredExecutor:
         self.graphs: GraphCache | None = None
         if config.arm in ("graph", "hybrid"):
             self.graphs = GraphCache(model.device, config.cache_bytes, counters)
-        self.pending: dict[Hashable, tuple[str, Program]] = {}
+        self.pending: dict[Key, Program] = {}
+        self.baked = (config.policy, str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
         self.parts = {"prepare": self._prepare, "forward": self._forward, "sample": self._sample}
 
@@ -203,17 +188,17 @@ class LoweredExecutor:
             program()
             return "jit", "arm jit launches static operations from Python and dynamic ones as JIT kernels"
         key = self._key(phase, program)
-        reason = self._miss(key, phase, program)
+        reason = self._miss(key, program)
         if reason is None:
             with self.graphs.lease(key) as replay:
                 replay()
             return "graph", f"replayed {phase} graph of {program.rows} rows"
         return self._fall_back(phase, program, reason)
 
-    def _key(self, phase: str, program: Program) -> Hashable:
-        return (phase, program.rows, self.config.policy, str(self.model.dtype), str(self.model.device))
+    def _key(self, phase: str, program: Program) -> Key:
+        return Key(phase, program.rows, *self.baked)
 
-    def _miss(self, key: Hashable, phase: str, program: Program) -> str | None:
+    def _miss(self, key: Key, program: Program) -> str | None:
         """None if the graph of `key` is there now, else why not. Captures on the spot if the policy is `sync`."""
         assert self.graphs is not None
         if key in self.graphs:
@@ -222,23 +207,23 @@ class LoweredExecutor:
         self.counters.misses += 1
         if key in self.graphs.failed:
             return self.graphs.failed[key]
-        if phase == "prefill" and self.bucket is None:
+        if key.phase == "prefill" and self.bucket is None:
             return f"no bucket holds {program.rows} tokens"
         if self.config.capture == "never":
             return "capture policy is never"
         if self.config.capture == "async":
-            self.pending[key] = phase, program
+            self.pending[key] = program
             return "no graph yet; its capture waits behind this request"
         try:
-            self._capture(key, phase, program)
+            self._capture(key, program)
         except CaptureFailed as error:
             return str(error)
         return None
 
-    def _capture(self, key: Hashable, phase: str, program: Program) -> None:
+    def _capture(self, key: Key, program: Program) -> None:
         """Decode is pinned: every token needs it, and a prefill graph only the first."""
         assert self.graphs is not None
-        self.graphs.capture(key, program, program.buffers, pin=phase == "decode")
+        self.graphs.capture(key, program, program.buffers, pin=key.phase == "decode")
 
     def _fall_back(self, phase: str, program: Program, reason: str) -> tuple[str, str]:
         self.counters.fallbacks += 1
@@ -252,8 +237,8 @@ class LoweredExecutor:
 
     def finish(self) -> None:
         """Capture what the finished request missed: behind it, so that none of its tokens waited."""
-        for key, (phase, program) in self.pending.items():
-            self._try_capture(key, phase, program)
+        for key, program in self.pending.items():
+            self._try_capture(key, program)
         self.pending.clear()
         if self.bucket is None:  # a length of its own, which may never come again
             self.programs = {key: p for key, p in self.programs.items() if key[1] == "decode" or key[2] in self.buckets}
@@ -268,11 +253,11 @@ class LoweredExecutor:
                                (self.program("decode", 1), "decode")]:
             key = self._key(phase, program)
             if key not in self.graphs and key not in self.graphs.failed:
-                self._try_capture(key, phase, program)
+                self._try_capture(key, program)
 
-    def _try_capture(self, key: Hashable, phase: str, program: Program) -> None:
+    def _try_capture(self, key: Key, program: Program) -> None:
         try:
-            self._capture(key, phase, program)
+            self._capture(key, program)
         except CaptureFailed:
             if self.config.fallback == "raise":
                 raise
@@ -290,7 +275,7 @@ def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
 
 
 def executor(model: PreTrainedModel, plan: Plan | None, config: RuntimeConfig, buckets: tuple[int, ...],
-             max_len: int, counters: Counters) -> Any:
+             max_len: int, counters: Counters) -> Executor:
     """The executor of `config.arm`; without a plan, of arm eager."""
     if plan is None:
         return StockExecutor(model)

@@ -12,16 +12,12 @@ import numpy as np
 
 from hybridlab import paths
 from hybridlab.config import RunConfig
-from hybridlab.errors import HybridlabError, PromptError
+from hybridlab.errors import MeasureError, PromptError
 
 if TYPE_CHECKING:
     from hybridlab.runtime import Runtime
 
 Row = dict[str, Any]
-
-
-class MeasureError(HybridlabError, RuntimeError):
-    """A runtime answered something that cannot be measured."""
 
 
 def prompts(model: Any, lengths: Iterable[int], seed: int) -> dict[int, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -198,8 +199,18 @@ class Runtime:
                     with torch.no_grad():
                         self._executor.finish()
 
-    def _owned(self) -> _Owned:
-        return _Owned(self._busy, self.counters)
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Exclusive use of this runtime; compilations that happen meanwhile are its own."""
+        if not self._busy.acquire(blocking=False):
+            raise EngineBusy("this runtime is serving another request", "a runtime serves one at a time",
+                             "finish or close the other stream first, or make another Runtime")
+        before = kernels.compiles()
+        try:
+            yield
+        finally:
+            self.counters.compiles += kernels.compiles() - before
+            self._busy.release()
 
     def _text(self, ids: list[int]) -> str | None:
         tokenizer = getattr(self.model, "tokenizer", None)
@@ -207,23 +218,6 @@ class Runtime:
             return None
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
-
-
-class _Owned:
-    """Exclusive use of a runtime; compilations that happen meanwhile are its own."""
-
-    def __init__(self, busy: threading.Lock, counters: Counters) -> None:
-        self.busy, self.counters = busy, counters
-
-    def __enter__(self) -> None:
-        if not self.busy.acquire(blocking=False):
-            raise EngineBusy("this runtime is serving another request", "a runtime serves one at a time",
-                             "finish or close the other stream first, or make another Runtime")
-        self.before = kernels.compiles()
-
-    def __exit__(self, *_: object) -> None:
-        self.counters.compiles += kernels.compiles() - self.before
-        self.busy.release()
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from hybridlab.errors import HybridlabError
+from hybridlab.errors import FigureError
 
 DPI = 100      # one pixel of Plotly is 1/100 inch here
 SCALE = 2      # of the PNG
@@ -43,10 +43,6 @@ DRAWN = {  # what is drawn; the second set exists on screen only and is left out
     "legend": ({"orientation", "x", "xanchor", "y", "yanchor"}, set()),
     "title": ({"text", "x", "xref", "xanchor", "y", "yanchor", "font", "subtitle"}, set()),
 }
-
-
-class FigureError(HybridlabError, ValueError):
-    """A Plotly figure uses something that the static renderer does not draw."""
 
 
 def svg(figure: go.Figure) -> bytes:

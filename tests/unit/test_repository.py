@@ -27,7 +27,7 @@ LEVELS = (
     ("errors", "paths", "counters", "architectures"),
     ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static"),
     ("names",),
-    ("kernels", "records", "models", "request", "parameters"),
+    ("kernels", "records", "models", "request", "parameters", "sampling"),
     ("lowering", "tape", "plots", "widgets"),
     ("verify",),
     ("partitioning", "graphs"),
