@@ -190,8 +190,8 @@ def _launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh:
 def _bind(variant: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
     """The call through PyTorch's own Python function where that takes these arguments, else through the operator.
 
-    The function parses its arguments 1 to 2 µs faster, which is a fifth of a decode step on the CPU. The trial call
-    writes what the first replay writes again.
+    The function parses its arguments faster, and a small operation takes no longer than that. The trial call writes
+    what the first replay writes again.
     """
     function = getattr(torch, variant._schema.name.split("::")[1], None)
     if function is not None:
