@@ -11,9 +11,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "models", "partition": "partitioning", "Plan": "partitioning", "Runtime": "runtime", "Output": "runtime",
-    "Token": "runtime", "RunConfig": "config", "RuntimeConfig": "config", "run": "experiment", "Result": "experiment",
-    "HybridlabError": "errors",
+    "load": "models", "partition": "partitioning", "Plan": "plan", "Runtime": "runtime", "Output": "runtime",
+    "Token": "runtime", "Policy": "config", "RunConfig": "config", "RuntimeConfig": "config", "run": "experiment",
+    "Result": "experiment", "HybridlabError": "errors",
 }
 
 __all__ = ["__version__", *_HOME]

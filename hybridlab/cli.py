@@ -1,4 +1,4 @@
-"""The command line: `hybridlab env | generate | run | reproduce | check`."""
+"""The command line: `hybridlab env | partition | generate | run | reproduce | check`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from hybridlab import terminal
-from hybridlab.config import ARMS, RuntimeConfig, Sampling, build
-from hybridlab.errors import ConfigError, PromptError
+from hybridlab.config import ARMS, POLICIES, RuntimeConfig, Sampling, build
+from hybridlab.errors import ConfigError, PromptError, choose
+from hybridlab.plan import KINDS
 from hybridlab.terminal import err, errors
 
 EXIT_CODES = """**Exit codes:** 0 done; 1 the work failed; 2 the input was refused before any work; 130 interrupted.
 
 **Start with:** `hybridlab generate 'The for statement' --show-paths`"""
-
-WIDE = 132  # columns of a table that goes to a file or a log
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   add_completion=False, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,6 +35,7 @@ def _examples(*lines: str) -> str:
     return "**Examples**\n\n" + "\n".join(f"* `{line}`" for line in lines)
 
 
+POLICY = f"How much graphs hold: {', '.join(POLICIES)}, or what stays outside, as in attention,lm_head."
 Model = Annotated[str, _option("tiny (ships with hybridlab), a local directory, a Hub id, or random:llama-2-7b: "
                                "exact shapes with seeded random weights.", "--model", "-m")]
 Runs = Annotated[Path | None, _option("Where run directories go; default data/runs/local.", "--runs")]
@@ -65,6 +65,35 @@ def env(as_json: Annotated[bool, _option("Print one JSON object instead of a tab
 
 
 @app.command(epilog=_examples(
+    "hybridlab partition --policy none --kind host-dynamic", "hybridlab partition --policy lm_head, --explain attend",
+    "hybridlab partition random:llama-2-7b --policy piecewise --phase prefill --length 100"))
+def partition(
+    model: Annotated[str, typer.Argument(help="As --model of generate; only its config is read.")] = "tiny",
+    policy: Annotated[str, _option(f"{POLICY} none labels the stock step.")] = "whole",
+    phase: Annotated[str, _option("decode (one token) or prefill (a prompt).")] = "decode",
+    length: Annotated[int, _option("Tokens of context, or of the prompt, that costs are counted for.")] = 512,
+    kind: Annotated[str | None, _option("Show only static, device-dynamic or host-dynamic operations.")] = None,
+    explain: Annotated[str | None, _option("Say why the operation of this name is where it is.")] = None,
+    as_json: Annotated[bool, _option("Print the whole plan as JSON.", "--json")] = False,
+    debug: Debug = False,
+) -> None:
+    """Label every operation of one step of MODEL: what graphs hold, and why."""
+    with errors(debug):
+        if kind is not None:
+            choose("kind", kind, KINDS)
+        with err.status("tracing"):
+            from hybridlab.partitioning import partition as plan_of
+
+            plan = plan_of(model, None if policy == "none" else policy, phase, length)
+        if as_json:
+            print(plan.to_json())
+        elif explain is not None:
+            print(terminal.printable(plan.explain(explain)))
+        else:
+            terminal.plan(plan, kind)
+
+
+@app.command(epilog=_examples(
     "hybridlab generate 'The for statement'", "hybridlab generate 'The for statement' --arm eager --show-paths",
     "hybridlab generate 'A list' --temperature 0.8 --top-k 40 --seed 7 > text.txt",
     "hybridlab generate --ids '1 17 23' --model random:tiny-mistral-7b"))
@@ -72,6 +101,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
     ids: Annotated[str | None, _option("Token ids instead of text, for a model without a tokenizer.")] = None,
     arm: Annotated[str, _option(f"How steps execute: {', '.join(ARMS)}.")] = "hybrid",
+    policy: Annotated[str, _option(POLICY)] = "whole",
     model: Model = "tiny",
     max_new_tokens: Annotated[int, _option("Stop after this many tokens.", "--max-new-tokens", "-n")] = 64,
     temperature: Annotated[float, _option("0 always takes the likeliest token.")] = 0.0,
@@ -89,8 +119,8 @@ def generate(
     with errors(debug):
         request = _prompt(prompt, ids)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        tokens = terminal.stream(_answer(model, {"arm": arm, "device": device, "capture": capture}, request,
-                                         sampling, max_new_tokens), before=prompt if echo and prompt else "")
+        tokens = terminal.stream(_answer(model, {"arm": arm, "policy": policy, "device": device, "capture": capture},
+                                         request, sampling, max_new_tokens), before=prompt if echo and prompt else "")
         if show_paths:
             terminal.list_paths(tokens)
         terminal.timing(tokens, arm)
@@ -162,30 +192,10 @@ def run(
     """
     with errors(debug):
         from hybridlab import notebooks
+        from hybridlab.parameters import pair
 
-        given = dict(_pair(text) for text in parameter or ())
+        given = dict(pair(text) for text in parameter or ())
         print(notebooks.run(notebook, given, root=runs, timeout_s=timeout_s).run_path)
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"parameter {name!r} has no value", "", "write -p NAME VALUE, for example -p repeats 20")
-    return name, parse_value(value)
-
-
-def parse_value(text: str) -> Any:
-    """JSON where it is JSON; True, False and None as in Python; lists of bare words like [eager, graph]; else text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    words = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    if text.startswith("[") and text.endswith("]"):
-        return [parse_value(part.strip().strip("'")) for part in text[1:-1].split(",")]
-    return text
 
 
 @app.command(epilog=_examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
@@ -221,7 +231,7 @@ def _show(run_path: Path, folder: Path) -> None:
     from hybridlab import report
     from hybridlab.experiment import Result
 
-    result, out = Result.open(run_path), Console(width=None if sys.stdout.isatty() else WIDE)
+    result, out = Result.open(run_path), Console(width=None if sys.stdout.isatty() else terminal.WIDE)
     for grid in report.GRIDS.values():
         out.print(grid(result).rich())
     out.print(result.reading(), highlight=False, markup=False)

@@ -13,12 +13,10 @@ from msgspec import Meta
 from hybridlab.errors import ConfigError, choose, nearest
 
 Arm = Literal["eager", "graph", "jit", "hybrid"]
-Policy = Literal["whole"]
 Capture = Literal["ahead", "sync", "async", "never"]
 Fallback = Literal["jit", "eager", "raise"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
-POLICIES: tuple[str, ...] = get_args(Policy)
 CAPTURES: tuple[str, ...] = get_args(Capture)
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 KERNELS = ("auto", "torch")
@@ -28,6 +26,38 @@ PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 
 Positive = Annotated[int, Meta(ge=1)]
 Probability = Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of a step graphs hold: everything but what `outside` names.
+
+    A name is a kind ("device-dynamic"), a role ("prepare", "attention" or "sample"), an operation ("mm", "aten.mm" or
+    "aten.mm.default") or a part of a module's path ("lm_head", "mlp", "layers.0.self_attn"), looked up in this order.
+    """
+
+    outside: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+
+
+POLICIES = {
+    "piecewise": Policy(("prepare", "attention", "sample")),  # attention stays outside, between graphs
+    "whole": Policy(("prepare", "sample")),                   # the forward is one graph: the paper's
+    "full": Policy(()),                                       # one launch a token
+}
+
+
+def policy(value: str | Policy) -> Policy:
+    """A policy from its name, from names to leave outside with commas between ("attention,lm_head"), or from itself.
+
+    Raises `ConfigError` for a name that is none.
+    """
+    if isinstance(value, str) and "," in value:
+        return Policy(tuple(name.strip() for name in value.split(",") if name.strip()))
+    return value if isinstance(value, Policy) else POLICIES[choose("policy", value, POLICIES)]
+
+
+def policy_name(value: Policy) -> str:
+    """The name of a built-in policy, else what it leaves outside."""
+    return next((name for name, known in POLICIES.items() if known == value), f"outside {', '.join(value.outside)}")
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,7 +73,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One cell of the ablation and how it serves requests."""
 
     arm: Arm = "hybrid"
-    policy: Policy = "whole"
+    policy: str | Policy = "whole"
     device: str = "auto"                               # "auto": where the model is, or the GPU if there is one
     dtype: str | None = None                           # None: as the model is
     kernels: Literal["auto", "torch"] = "auto"         # of the static part: "torch" is the stock modules
@@ -53,6 +83,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_len: Positive | None = None                    # rows of the static KV cache; None: the model's context
     fallback: Fallback = "jit"                         # what serves a step whose graph is not there
     process: Literal["here"] = "here"
+    run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +91,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     model: str = "tiny"
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)] = ARMS                        # interleaved in one process
-    policy: Policy = "whole"
+    policy: str | Policy | Annotated[tuple[str | Policy, ...], Meta(min_length=1)] = "whole"  # several are compared
+    run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0    # steps launched before the token of an earlier one is read
     device: str = "auto"
     dtype: str | None = None
     lengths: Annotated[tuple[Positive, ...], Meta(min_length=1)] = PAPER_LENGTHS  # of prompts, in tokens with BOS
@@ -76,6 +108,22 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     threads: Positive = 1                               # CPU threads of PyTorch; 1 is steadiest at batch 1
 
 
+REPLAYING = ("graph", "hybrid")  # the arms that a policy makes a difference to
+
+
+def cells(config: RunConfig) -> dict[str, tuple[Arm, Policy]]:
+    """What a run compares, by the name it has in rows: each arm, and a replaying one under each policy.
+
+    The name is the arm's, followed by the policy's where the run compares several.
+    """
+    several = config.policy if isinstance(config.policy, tuple) else (config.policy,)
+    policies = [policy(p) for p in several]
+    return {
+        arm if len(policies) == 1 or arm not in REPLAYING else f"{arm} {policy_name(p)}": (arm, p)
+        for arm in config.arms for p in (policies if arm in REPLAYING else policies[:1])
+    }
+
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -87,7 +135,11 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
             raise ConfigError(f"{name!r} is no parameter name", f"{kind.__name__} takes {', '.join(sorted(fields))}")
         if name not in fields:
             raise ConfigError(f"{kind.__name__} has no field {name!r}", "", nearest(name, fields))
-    for name, known in (("arm", ARMS), ("policy", POLICIES), ("capture", CAPTURES), ("fallback", FALLBACKS),
+    given = values.get("policy") if "policy" in fields else None
+    for one in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(one, str):
+            policy(one)
+    for name, known in (("arm", ARMS), ("capture", CAPTURES), ("fallback", FALLBACKS),
                         ("kernels", KERNELS), ("dtype", DTYPES)):
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
             choose(name, values[name], known)

@@ -19,6 +19,7 @@ class Counters:
     fallbacks: int = 0     # steps that should have replayed and did not
     failures: int = 0      # captures that failed; their keys are not tried again
     compiles: int = 0      # JIT compilations
+    discarded: int = 0     # steps launched ahead of a token that ended the request
     graph_bytes: int = 0
 
     def as_dict(self) -> dict[str, float]:

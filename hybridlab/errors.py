@@ -33,6 +33,10 @@ class LoweringError(HybridlabError):
     """A model step still holds host-dynamic operations after lowering, so no graph can hold it."""
 
 
+class PlanError(HybridlabError, ValueError):
+    """A policy is impossible for a model, or a plan does not hold what was asked of it."""
+
+
 class CaptureFailed(HybridlabError, RuntimeError):
     """A segment could not be captured; the graph was reset and nothing of it is kept."""
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from hybridlab import environment, measure, models, names, records, stats
-from hybridlab.config import RunConfig, as_dict, build
+from hybridlab.config import RunConfig, as_dict, build, cells
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.runtime import Runtime
 
@@ -75,7 +75,7 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`); None where n does not allow one."""
-        return stats.summary(self.rows, arms=self.config.arms)
+        return stats.summary(self.rows, arms=list(cells(self.config)))
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
@@ -85,7 +85,7 @@ class Result:
         pooled = table[table["prompt_tokens"] == "all"]
         parts = [_metric_words(pooled[pooled["metric"] == metric], title) for metric, title in
                  (("itl", "between two tokens"), ("ttft", "to the first token, all prompt lengths pooled,"))]
-        parts += [_path_words(self.rows, self.config.arms)]
+        parts += [_path_words(self.rows, list(cells(self.config)))]
         if pooled["p99"].isna().any():
             parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
         load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
@@ -127,10 +127,12 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
              report: Report) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
-        for done, arm in enumerate(config.arms):
-            report(f"building {arm}", done, len(config.arms))
-            runtimes[arm] = stack.enter_context(Runtime(model, arm=arm, policy=config.policy, device=config.device,
-                                                        capture="sync", max_len=_cache_rows(model, config)))
+        wanted = cells(config)
+        for done, (name, (arm, policy)) in enumerate(wanted.items()):
+            report(f"building {name}", done, len(wanted))
+            runtimes[name] = stack.enter_context(Runtime(
+                model, arm=arm, policy=policy, device=config.device, capture="sync",
+                max_len=_cache_rows(model, config), run_ahead=config.run_ahead))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
@@ -152,9 +154,9 @@ def _cache_rows(model: Any, config: RunConfig) -> int:
 
 def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
-    for name in ("arms", "lengths"):
+    for name in ("arms", "lengths", "policy"):
         values = getattr(config, name)
-        if len(set(values)) != len(values):
+        if isinstance(values, tuple) and len(set(values)) != len(values):
             raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
     return config
 
@@ -216,7 +218,7 @@ def _number(value: float, low: float, high: float, unit: str) -> str:
     return f"{value:.3g}{unit} [{low:.3g}, {high:.3g}]"
 
 
-def _path_words(rows: pd.DataFrame, arms: tuple[str, ...]) -> str:
+def _path_words(rows: pd.DataFrame, arms: list[str]) -> str:
     words = []
     for arm in arms:
         shares = rows.loc[rows["arm"] == arm, "path"].value_counts(normalize=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from hybridlab import experts
 from hybridlab.errors import LoweringError
 
 EAGER = "run it with arm='eager'"
 ATTENTION = {"full_attention", "sliding_attention"}
+IGNORED = {"position_ids"}  # tensors that some families hand to attention: `Binding.positions` has the same
 PLAIN, JIT = "hybridlab", "hybridlab_jit"  # namespaces of `attend`: the specification, and its JIT kernels
 
 
@@ -29,6 +32,9 @@ class Binding(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
     positions: Tensor
     span: int
+
+
+_BOUND: ContextVar[Binding] = ContextVar("bound")  # of the program that runs now: families pass no keyword so far down
 
 
 class StaticKV:
@@ -82,8 +88,12 @@ class Program:
 
     def __call__(self) -> None:
         row = self.inputs.last if self.rows > 1 else 1
-        out = self.module(input_ids=self.inputs.ids, position_ids=self.inputs.positions[None], use_cache=False,
-                          logits_to_keep=row, hybridlab=self.binding)
+        token = _BOUND.set(self.binding)
+        try:
+            out = self.module(input_ids=self.inputs.ids, position_ids=self.inputs.positions[None], use_cache=False,
+                              logits_to_keep=row)
+        finally:
+            _BOUND.reset(token)
         self.logits.copy_(out.logits[0, -1])
 
     @property
@@ -94,15 +104,47 @@ class Program:
 
 def _attention(namespace: str) -> Callable[..., tuple[Tensor, None]]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                  *, hybridlab: Binding, scaling: float | None = None, sliding_window: int | None = None,
-                  softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-        k_cache, v_cache = hybridlab.layers[module.layer_idx]
+                  *, scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+                  **others: Any) -> tuple[Tensor, None]:
+        _require_known(module, {"attention_mask": attention_mask, **others})
+        bound = _BOUND.get()
+        k_cache, v_cache = bound.layers[module.layer_idx]
+        _require_fit(module, k_cache, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        _, heads, rows, dim = query.shape
+        out = query.new_empty((1, rows, heads, dim))
         attend = getattr(torch.ops, namespace).attend.default
-        return attend(query, key, value, k_cache, v_cache, hybridlab.positions, scale, hybridlab.span,
-                      sliding_window or 0, softcap or 0.0), None
+        attend(query, key, value, k_cache, v_cache, bound.positions, scale, bound.span,
+               sliding_window or 0, softcap or 0.0, out)
+        return out, None
 
     return attention
+
+
+def _require_fixed_positions(model: PreTrainedModel) -> None:
+    """Raise `LoweringError` for rotary embeddings that the host recomputes when the text grows beyond a length."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", "")
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind == "longrope" or "dynamic" in kind:
+                raise LoweringError(f"{type(model).__name__} rotates by positions of kind {kind!r}",
+                                    "its angles change with the length of the text", EAGER)
+
+
+def _require_fit(module: nn.Module, cache: Tensor, *new: Tensor) -> None:
+    """Raise `LoweringError` for keys or values whose heads are not those of the cache, as compressed ones are not."""
+    shapes = [f"{t.shape[1]} heads of {t.shape[3]}" for t in (cache, *new)]
+    if len(set(shapes)) > 1:
+        raise LoweringError(f"{type(module).__name__} has keys of {shapes[1]} and values of {shapes[2]}",
+                            f"the static cache has {shapes[0]}", EAGER)
+
+
+def _require_known(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """Raise `LoweringError` for a tensor that attention is given and would not use: sinks, a bias, a mask."""
+    for name, value in keywords.items():
+        if isinstance(value, Tensor) and name not in IGNORED:
+            raise LoweringError(f"{type(module).__name__} attends with {name!r}",
+                                "the lowered attention knows masks by position, windows and soft-capping only", EAGER)
 
 
 for _namespace in (PLAIN, JIT):
@@ -110,27 +152,33 @@ for _namespace in (PLAIN, JIT):
     AttentionInterface.register(_namespace, _attention(_namespace))
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weight tensors, with a config of its own, in eval mode."""
+def twin(model: PreTrainedModel, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> PreTrainedModel:
+    """A second module tree over the same weight tensors, or over what `tensor` makes of each, in eval mode.
+
+    It has a config of its own.
+    """
+    tensors = {id(t): tensor(t) for t in (*model.parameters(), *model.buffers())}
     tokenizer = getattr(model, "tokenizer", None)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), tokenizer)}
-    return copy.deepcopy(model, shared).eval()
+    return copy.deepcopy(model, {id(tokenizer): tokenizer, **tensors}).eval()
 
 
 def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     """A twin of `model` that attends through `namespace`; weights are shared, the model itself is not touched.
 
-    Raises `LoweringError` for a family that does not attend through transformers' interface: such a model would run
-    its stock attention without a cache, and its tokens would be wrong.
+    Raises `LoweringError` for layers that are known not to attend, or to attend otherwise. A layer that never calls
+    the lowered attention is found by `trace_lowered`, one that uses it wrongly by `verify_lowered`.
     """
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise LoweringError(f"{name} does not use transformers' attention interface",
-                            "its attention cannot be replaced by one that a graph can hold", EAGER)
+    _require_fixed_positions(model)
     others = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
     if others:
         raise LoweringError(f"{name} has layers of kind {', '.join(sorted(others))}",
                             f"only {' and '.join(sorted(ATTENTION))} can be lowered", EAGER)
     lowered = twin(model)
     lowered.set_attn_implementation(namespace)
+    lowered.set_experts_implementation(experts.NAME)
+    lowered.config.pad_token_id = None  # else some families look for padding among the ids, which only the host can
+    if lowered.config._attn_implementation != namespace:
+        raise LoweringError(f"{name} does not use transformers' attention interface",
+                            "its attention cannot be replaced by one that a graph can hold", EAGER)
     return lowered

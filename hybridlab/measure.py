@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridlab import paths
-from hybridlab.config import RunConfig
+from hybridlab.config import RunConfig, cells, policy_name
 from hybridlab.errors import MeasureError, PromptError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
     Rows are those of `records.SCHEMA` without `run_id`. Captures and compilations that happened during the request
     are counted in each of its rows; a valid timed region has none.
     """
-    started, request = clock(), 0
+    started, request, named = clock(), 0, cells(config)
     with _frozen_heap():
         for number in range(config.repeats):
             if number and clock() - started >= config.budget_s:
@@ -92,7 +92,7 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
             order = _order(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats)
             for arm, length, metric in order:
                 served = _serve(runtimes[arm], prompts[length], metric, config)
-                common = {"round": number, "request": request, "arm": arm, "policy": config.policy,
+                common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm][1]),
                           "prompt_tokens": length}
                 rows += [common | row for row in served]
                 request += 1

@@ -32,7 +32,6 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 HUB_NOT = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's second copy of the weights
 
 
-
 def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.device = "auto",
          dtype: str | torch.dtype | None = None) -> PreTrainedModel:
     """A transformers causal LM in eval mode without gradients, its tokenizer (or None) as `model.tokenizer`.
@@ -46,16 +45,34 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
     wanted = None if dtype is None else choose("dtype", str(dtype).removeprefix("torch."), DTYPES)
     if isinstance(spec, torch.nn.Module):
         return _instance(spec, device, wanted)
-    if not isinstance(spec, str | os.PathLike):
-        raise ModelError(f"{type(spec).__name__} is no model", f"got {spec!r}",
-                         "give a name, a directory or an instantiated transformers causal LM")
-    name, target = os.fspath(spec), resolve_device(device)
+    name, target = _name(spec), resolve_device(device)
     if name.startswith(names.RANDOM):
         model = _random(name, target, wanted)
         model.tokenizer = None
     else:
         model = _from_directory(names.directory(name) or _fetch(name), target, wanted)
     model.name_or_path = name
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
+    """What `load` takes as a model to plan: a name gives its architecture on the meta device, so no weight is made,
+    read or fetched; an instantiated causal LM, with weights or without, comes back as it is.
+
+    Raises `ModelError` for what is no causal LM, or for a config that is not sound.
+    """
+    if isinstance(spec, torch.nn.Module):
+        return _causal(spec)
+    name = _name(spec)
+    if name.startswith(names.RANDOM):
+        config, kind = AutoConfig.for_model(**names.architecture(name)), _random_dtype(resolve_device())
+    else:
+        folder = names.directory(name) or _fetch_config(name).parent
+        checkpoint.check_links(folder)
+        config = _config(folder / "config.json", checkpoint.check_config(folder / "config.json"))
+        kind = config.dtype or torch.float32
+    model = _skeleton(config, kind, name)
+    model.tokenizer, model.name_or_path = None, name
     return model.eval().requires_grad_(False)
 
 
@@ -74,11 +91,23 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return found
 
 
-def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | None) -> PreTrainedModel:
+def _name(spec: object) -> str:
+    if not isinstance(spec, str | os.PathLike):
+        raise ModelError(f"{type(spec).__name__} is no model", f"got {spec!r}",
+                         "give a name, a directory or an instantiated transformers causal LM")
+    return str(os.fspath(spec))
+
+
+def _causal(model: torch.nn.Module) -> PreTrainedModel:
     if (not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder
             or model.get_output_embeddings() is None):
         raise ModelError(f"{type(model).__name__} is no causal language model", "an instantiated model was given",
                          "give a transformers ...ForCausalLM")
+    return model
+
+
+def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | None) -> PreTrainedModel:
+    model = _causal(model)
     if any(p.is_meta for p in model.parameters()):
         raise ModelError(f"{type(model).__name__} has no weights", "some of its parameters are on the meta device",
                          "load its weights first")
@@ -94,7 +123,7 @@ def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | N
 def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedModel:
     """Seeded weights by transformers' own initialisation, made on `device` in `dtype`: there is never a second copy."""
     config = AutoConfig.for_model(**names.architecture(name))
-    kind = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
+    kind = getattr(torch, dtype) if dtype else _random_dtype(device)
     _require_memory(_skeleton(config, kind, name), device, name)
     cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), device:
@@ -102,17 +131,31 @@ def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedMod
         return AutoModelForCausalLM.from_config(config, dtype=kind)
 
 
+def _random_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def _fetch(name: str) -> Path:
     """The folder of a Hub repository's snapshot: its config comes first, the rest only when the config passes."""
-    try:
-        config = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-        checkpoint.check_config(config)
-        commit = config.parent.name  # the config that was checked and the weights must come from one commit
+    config = _fetch_config(name)
+    checkpoint.check_config(config)
+    commit = config.parent.name  # the config that was checked and the weights must come from one commit
+    with _naming(name):
         return Path(huggingface_hub.snapshot_download(
             name, revision=commit, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT))
-    except ModelError:
-        raise
-    except Exception as error:  # network, authorisation and cache errors come from several libraries
+
+
+def _fetch_config(name: str) -> Path:
+    with _naming(name):
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the network, of authorisation and of the cache as one that names the model."""
+    try:
+        yield
+    except Exception as error:  # they come from several libraries
         raise ModelError(f"model {name!r} could not be fetched", f"it is no directory here, and the Hub said: "
                          f"{type(error).__name__}: {error}",
                          f"check the name, the network and `hf auth login`; {nearest(name, names.KNOWN)}") from error
@@ -121,7 +164,7 @@ def _fetch(name: str) -> Path:
 def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> PreTrainedModel:
     found = checkpoint.inspect(folder)
     with _quiet():
-        config = _config(found)
+        config = _config(found.directory / "config.json", found.config)
         kind = getattr(torch, dtype or _own_dtype(found))
         skeleton = _skeleton(config, kind, folder)
         problems = _wrong_dtypes(skeleton, found)
@@ -136,13 +179,13 @@ def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> Pr
     return model.to(device)
 
 
-def _config(found: checkpoint.Checkpoint) -> PreTrainedConfig:
-    kind, path = found.config["model_type"], found.directory / "config.json"
+def _config(path: Path, fields: dict[str, Any]) -> PreTrainedConfig:
+    kind = fields["model_type"]
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"model_type {kind!r} is unknown to transformers", str(path),
                          nearest(kind, CONFIG_MAPPING.keys()))
     try:
-        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers validates each field its own way
         raise ModelError(f"transformers refuses config.json: {error}", str(path), "correct the field named") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 SCHEMAS = {
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "float scale, int span, int window, float softcap) -> Tensor",
+    "float scale, int span, int window, float softcap, Tensor(c!) out) -> ()",
     "pad": "(Tensor prompt, Tensor length, Tensor(a!) ids, Tensor(b!) last) -> ()",
     "advance": "(Tensor token, Tensor(a!) ids, Tensor(b!) positions) -> ()",
     "greedy": "(Tensor logits, Tensor(a!) token) -> ()",
@@ -29,13 +29,13 @@ _MASK = 0xFFFFFFFF
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
-           scale: float, span: int, window: int, softcap: float) -> Tensor:
+           scale: float, span: int, window: int, softcap: float, out: Tensor) -> None:
     """Write T new rows into a static KV cache and attend from them, each up to its own position.
 
     q: [1, heads, T, dim]; k, v: [1, kv_heads, T, dim]; k_cache, v_cache: [1, kv_heads, capacity, dim];
     positions: int64 [T], ascending, read on the device. Rows `span` and beyond are never attended (a bound known
     when the program is built: the bucket, or the capacity). `window` > 0 keeps the last `window` positions,
-    `softcap` > 0 bends the scores. Returns [1, T, heads, dim] in q's dtype.
+    `softcap` > 0 bends the scores. out: [1, T, heads, dim] in q's dtype, written.
     """
     k_cache.index_copy_(2, positions, k)
     v_cache.index_copy_(2, positions, v)
@@ -48,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
         mixed = _by_group(q, keys, values, visible, scale, softcap)
     else:
         mixed = scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
-    return mixed.transpose(1, 2).contiguous()
+    out.copy_(mixed.transpose(1, 2))
 
 
 def _by_group(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
@@ -79,8 +79,12 @@ def pad(prompt: Tensor, length: Tensor, ids: Tensor, last: Tensor) -> None:
 
 
 def advance(token: Tensor, ids: Tensor, positions: Tensor) -> None:
-    """The next decode step's input: ids [1, 1] <- token [1], positions [1] <- positions + 1."""
-    ids.copy_(token[None])
+    """The next decode step's input: ids [1, 1] <- token [1], positions [1] <- positions + 1.
+
+    A token of -1, drawn from logits that are not finite, is fed as 0: the host may have launched ahead of reading it,
+    and an index outside the embedding would end the process on a GPU.
+    """
+    ids.copy_(token.clamp(min=0)[None])
     positions.add_(1)
 
 
@@ -143,25 +147,20 @@ def _wide_product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, (lower + ((upper & 0xFFFF) << 16)) & _MASK
 
 
-REFERENCE: dict[str, Callable[..., Tensor | None]] = {
+REFERENCE: dict[str, Callable[..., None]] = {
     "attend": attend, "pad": pad, "advance": advance, "greedy": greedy, "sample": sample,
 }
 
 
-def register(namespace: str, table: dict[str, Callable[..., Tensor | None]]) -> torch.library.Library:
+def register(namespace: str, table: dict[str, Callable[..., None]]) -> torch.library.Library:
     """Register `table` under `namespace` with the schemas above; the caller keeps the library alive."""
     library = torch.library.Library(namespace, "DEF")
     for name, function in table.items():
         library.define(name + SCHEMAS[name])
         library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{namespace}::attend", _attend_shape, lib=library)
-    for name in table.keys() - {"attend"}:
+    for name in table:
         torch.library.register_fake(f"{namespace}::{name}", lambda *_: None, lib=library)
     return library
-
-
-def _attend_shape(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty((1, q.shape[2], q.shape[1], q.shape[3]))
 
 
 _LIBRARY = register("hybridlab", REFERENCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import nbformat
 
 from hybridlab.config import RunConfig, build
-from hybridlab.errors import NotebookError, nearest
+from hybridlab.errors import ConfigError, NotebookError, nearest
 from hybridlab.names import context, require_fit
 
 
@@ -133,3 +134,25 @@ def _single_owner(notebook: nbformat.NotebookNode, name: str, taken: Mapping[str
         if again := sorted(stored & set(taken)):
             raise NotebookError(f"{name} assigns {again[0]!r} outside its parameters cell",
                                 "the value given would be lost", "use another name there")
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of a command line as name and value. Raises `ConfigError` without a value."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"parameter {name!r} has no value", "", "write -p NAME VALUE, for example -p repeats 20")
+    return name, parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """JSON where it is JSON; True, False and None as in Python; lists of bare words like [eager, graph]; else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    if text.startswith("[") and text.endswith("]"):
+        return [parse_value(part.strip().strip("'")) for part in text[1:-1].split(",")]
+    return text

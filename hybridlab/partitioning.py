@@ -1,235 +1,107 @@
-"""A model step → symbolic trace → a label with its reason for every operation → a Plan."""
+"""A model step → symbolic trace → a label with its reason for every operation → a Plan by a policy."""
 
 from __future__ import annotations
 
 import operator
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.fx.traceback import annotate, preserve_node_meta
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hybridlab import models, ops
-from hybridlab.config import POLICIES
-from hybridlab.errors import LoweringError, choose
-from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower
+from hybridlab import costs, models
+from hybridlab.config import Policy
+from hybridlab.config import policy as named_policy
+from hybridlab.errors import LoweringError, PlanError, choose
+from hybridlab.lowering import EAGER
+from hybridlab.plan import Op, Plan, Segment
+from hybridlab.policies import assign
+from hybridlab.tape import reads_back
+from hybridlab.tracing import PHASES, trace_lowered, trace_stock, where
 from hybridlab.verify import verify_lowered
 
-assert ops  # registers hybridlab::*, which lowered programs call
-
-KINDS = ("static", "device-dynamic", "host-dynamic")
-PHASES = ("decode", "prefill")
-TRACE_ROWS = 17  # any prompt length or KV length that is not 0 or 1, which a symbolic trace would bake in
+LENGTH = 512  # tokens that a plan's costs are for, unless asked otherwise
 
 
-@dataclass(frozen=True)
-class Op:
-    """One operation of a traced step. `layer` is None outside the decoder layers, `path` says how it would run."""
-
-    name: str
-    op: str
-    layer: int | None
-    module: str
-    kind: str
-    reason: str
-    segment: str = ""
-    path: str = "eager"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of operations executed one way, and why."""
-
-    name: str
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The partition of one program: labelled operations and the segments that execute them, in order."""
-
-    model: str
-    phase: str
-    policy: str | None
-    ops: tuple[Op, ...]
-    segments: tuple[Segment, ...]
-
-    def table(self) -> pd.DataFrame:
-        """One row an operation: op, layer, kind, reason, segment, path."""
-        rows = [{"op": o.op, "layer": o.layer, "kind": o.kind, "reason": o.reason, "segment": o.segment,
-                 "path": o.path, "module": o.module, "name": o.name} for o in self.ops]
-        return pd.DataFrame(rows).astype({"layer": "Int64"})
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Operations of each kind, all three always present."""
-        found = Counter(o.kind for o in self.ops)
-        return {kind: found[kind] for kind in KINDS}
-
-    def for_arm(self, arm: str) -> Plan:
-        """The same operations as `arm` runs them: replay and JIT become eager where the arm leaves them out."""
-        replays, jits = arm in ("graph", "hybrid"), arm in ("jit", "hybrid")
-
-        def path(planned: str, dynamic: bool) -> str:
-            if planned == "graph" and replays:
-                return "graph"
-            return "jit" if dynamic and jits else "eager"
-
-        return replace(
-            self,
-            ops=tuple(replace(o, path=path(o.path, o.op.startswith("hybridlab."))) for o in self.ops),
-            segments=tuple(replace(s, path=path(s.path, True)) for s in self.segments),
-        )
-
-
-_ATTEND = "hybridlab.attend.default"
-_OUTSIDE = {
-    "decode": ("hybridlab.advance.default", "copies the drawn token and moves the position on, both in device memory"),
-    "prefill": ("hybridlab.pad.default", "pads the prompt to its bucket by a length read from device memory"),
-}
-
-
-def partition(model: Any, policy: str | None = "whole", phase: str = "decode") -> Plan:
+def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "decode", length: int = LENGTH) -> Plan:
     """Label every operation of one step of `model` (anything `hybridlab.load` takes).
 
-    policy=None labels the stock step and lowers nothing. A policy lowers it first and says what each segment holds;
-    `LoweringError` names any operation that still depends on a shape or value the host would have to know.
+    policy=None labels the stock step and lowers nothing. A policy lowers it first and says what each segment holds.
+    `length` is the KV length (decode) or the prompt length (prefill), in tokens, that costs are counted for.
+    A model given by name is planned from its config alone, no weight is made or read; one given as an instance is
+    compared with itself first, stock against lowered. Raises `LoweringError`, naming any operation that still depends
+    on a shape or value the host would have to know, and `PlanError` for a policy that names nothing of the model.
     """
     choose("phase", phase, PHASES)
-    if policy is not None:
-        choose("policy", policy, POLICIES)
-    model = models.load(model)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+        raise PlanError(f"length is {length!r}", "a trace treats 0 and 1 as constants", "give a whole number from 2 on")
+    wanted = None if policy is None else named_policy(policy)
+    model = models.skeleton(model)
     cached = _PLANS.setdefault(model, {})
-    if (policy, phase) not in cached:
-        cached[policy, phase] = _stock(model, phase) if policy is None else _lowered(model, policy, phase)
-    return cached[policy, phase]
+    labels = (policy is None, phase, length)
+    if labels not in cached:
+        cached[labels] = tuple(_stock(model, phase, length) if wanted is None else _lowered(model, phase, length))
+    if wanted is None:
+        return Plan(model.name_or_path, phase, None, length,
+                    tuple(replace(o, segment="step") for o in cached[labels]),
+                    (Segment("step", "eager", "nothing is lowered"),))
+    return Plan(model.name_or_path, phase, wanted, length, *assign(cached[labels], wanted))
 
 
-_PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str | None, str], Plan]] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[bool, str, int], tuple[Op, ...]]] = (
+    weakref.WeakKeyDictionary())
 
 
-def _stock(model: PreTrainedModel, phase: str) -> Plan:
+def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
     try:
-        graph = trace_stock(model, phase)
+        graph = trace_stock(model, phase, length)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise LoweringError(f"a step of {type(model).__name__} could not be traced", _first_line(error)) from error
+        raise LoweringError(f"a step of {type(model).__name__} could not be traced", _cause(model, error)) from error
     controls = dict(zip(graph.find_nodes(op="placeholder"), ("token id", "position"), strict=False))
-    labelled = tuple(_label(graph, controls, "the KV length" if phase == "decode" else "the prompt length"))
-    return Plan(model.name_or_path, phase, None, labelled, (Segment("step", "eager", "nothing is lowered"),))
+    return label(graph, controls, "the KV length" if phase == "decode" else "the prompt length")
 
 
-def _lowered(model: PreTrainedModel, policy: str, phase: str) -> Plan:
+def _lowered(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
+    """The lowered forward, between the operation that prepares its inputs and the one that samples."""
     try:
-        verify_lowered(model)
-        graph_module, program = trace_lowered(model, phase)
+        if model.device.type != "meta":
+            verify_lowered(model)
+        graph_module, program = trace_lowered(model, phase, length)
     except (RuntimeError, TypeError, ValueError) as error:  # whatever a family's own code makes of our attention
-        raise LoweringError(f"{type(model).__name__} could not be lowered", _first_line(error), EAGER) from error
+        raise LoweringError(f"{type(model).__name__} could not be lowered", _cause(model, error), EAGER) from error
     fixed = dict(zip(map(id, program.inputs), ("token id", "position", "last row"), strict=True))
     controls = {
         node: fixed[id(getattr(graph_module, str(node.target)))]
         for node in graph_module.graph.find_nodes(op="get_attr")
         if id(getattr(graph_module, str(node.target))) in fixed
     }
-    forward = [replace(o, segment="forward", path="graph") for o in _label(graph_module.graph, controls, "a length")]
-    left = [o for o in forward if o.kind == "host-dynamic"]
-    if left:
-        raise LoweringError(f"{len(left)} host-dynamic operations are left in {model.name_or_path}",
-                            f"the first is {left[0].op}: {left[0].reason}", EAGER)
-    if not any(o.op == _ATTEND for o in forward):
-        raise LoweringError(f"{model.name_or_path} never called the lowered attention", f"policy {policy!r}", EAGER)
-    prepare, reason = _OUTSIDE[phase]
-    before = Op("prepare", prepare, None, "", "device-dynamic", reason, "prepare", "jit")
-    after = Op("sample", "hybridlab.sample.default", None, "", "device-dynamic",
-               "draws by seed and position, both read from device memory", "sample", "jit")
-    segments = (
-        Segment("prepare", "jit", "policy 'whole' keeps the preparation of inputs outside the graph"),
-        Segment("forward", "graph", "no shape or value in it depends on the host, so one capture serves every step"),
-        Segment("sample", "jit", "policy 'whole' keeps sampling outside the graph"),
-    )
-    return Plan(model.name_or_path, phase, policy, (before, *forward, after), segments)
+    forward = tuple(label(graph_module.graph, controls, "a length"))
+    if not any(o.role == "attention" for o in forward):
+        raise LoweringError(f"{type(model).__name__} never called the lowered attention", model.name_or_path, EAGER)
+    yield Op("prepare", *_PREPARE[phase], launches=1)
+    yield from forward
+    yield Op("sample", "hybridlab.sample.default", None, "", "device-dynamic",
+             "draws a random number keyed by seed and position, both read from device memory", launches=1)
 
 
-class _StockStep(nn.Module):
-    """One stock step as a function of tensors: token ids, positions, and the keys and values of every layer."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, positions: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
-        cache = DynamicCache(config=self.model.config)
-        for layer, keys, values in zip(cache.layers, kv[::2], kv[1::2], strict=False):
-            layer.keys, layer.values = keys, values  # update() would trace a concatenation that no step does
-            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
+_PREPARE = {
+    "decode": ("hybridlab.advance.default", None, "", "device-dynamic",
+               "copies the drawn token and moves the position on, both in device memory"),
+    "prefill": ("hybridlab.pad.default", None, "", "device-dynamic",
+                "pads the prompt to its bucket by a length read from device memory"),
+}
 
 
-def trace_stock(model: PreTrainedModel, phase: str) -> fx.Graph:
-    """The stock step as ATen operations, the KV length (decode) or the prompt length (prefill) as a symbol."""
-    device = model.device
-    rows = 1 if phase == "decode" else TRACE_ROWS
-    ids = torch.ones((1, rows), dtype=torch.int64, device=device)
-    positions = torch.arange(rows, device=device)[None]
-    past = StaticKV(model.config, TRACE_ROWS, device, model.dtype).tensors if phase == "decode" else []
-    return _trace(model, _StockStep(model), ids, positions, *past).graph
+def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterator[Op]:
+    """Kind, reason and cost of every operation, in order.
 
-
-def trace_lowered(model: PreTrainedModel, phase: str) -> tuple[fx.GraphModule, Program]:
-    """The lowered program as ATen operations and `hybridlab::attend`; its buffers appear as constants."""
-    rows = 1 if phase == "decode" else TRACE_ROWS
-    kv = StaticKV(model.config, 2 * TRACE_ROWS, model.device, model.dtype)
-    logits = torch.zeros(model.config.vocab_size, device=model.device)
-    inputs = Inputs.of(rows, model.device)
-    program = Program(lower(model, PLAIN), kv, logits, inputs, kv.capacity if phase == "decode" else rows)
-    return _trace(program.module, program), program
-
-
-def _trace(root: nn.Module, function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    with torch.no_grad(), _module_names(root), preserve_node_meta():
-        return make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
-
-
-@contextmanager
-def _module_names(root: nn.Module) -> Iterator[None]:
-    """While open, every traced node carries the name of the module that ran it."""
-    scopes: list[ExitStack] = []
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            scopes.append(ExitStack())
-            scopes[-1].enter_context(annotate({"module": name}))
-        return hook
-
-    def leave(*_: Any) -> None:
-        scopes.pop().close()
-
-    for name, module in root.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterator[Op]:
-    """Kind and reason of every operation, in order.
-
-    host-dynamic: a free symbol stands in a shape of its output or an input. device-dynamic: it consumes a control
-    value, one computed from ids, positions or the last row, and constants, alone. Otherwise static.
+    host-dynamic: a free symbol stands in a shape of its output or an input, or the host reads a value back.
+    device-dynamic: it consumes a control value, one computed from ids, positions or the last row, and constants,
+    alone. Otherwise static. `controls` names the inputs that are such values, `length` what a symbol stands for.
     """
     control = dict(controls)
     data = set(graph.find_nodes(op="placeholder")) - control.keys()
@@ -237,25 +109,43 @@ def _label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterat
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         sources = [n for n in node.all_input_nodes if n in control]
-        looks_up = str(node.target) == _ATTEND or "embedding" in str(node.target)
+        looks_up = "attend" in str(node.target) or "embedding" in str(node.target)
         if any(n in data for n in node.all_input_nodes) or (sources and looks_up):
             data.add(node)
         elif sources:
             control[node] = control[sources[0]]
         kind, reason = _kind(node, [control[n] for n in sources], length)
         module = str((node.meta.get("custom") or {}).get("module", ""))
-        yield Op(node.name, str(node.target), _layer(module), module, kind, reason)
+        cost = costs.of(node)
+        yield Op(node.name, str(node.target), _layer(module), module, kind, reason, cost.shape, cost.flops, cost.bytes,
+                 cost.launches)
 
 
 def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
     name = str(node.target)
+    if name in _READS_BACK:
+        return "host-dynamic", _READS_BACK[name]
+    if isinstance(node.target, torch._ops.OpOverload) and reads_back(node.target, _values(node.args)):
+        return "host-dynamic", "the host reads a value back, to know it or a shape that depends on it"
     if any(_has_symbol(n) for n in (node, *node.all_input_nodes)):
         why = ("it concatenates onto the cache" if "cat" in name and length == "the KV length"
                else "it attends over that many rows" if "attention" in name else "an input has it")
         return "host-dynamic", f"shape holds S, {length}, because {why}"
     if sources:
         return "device-dynamic", f"reads the {' and the '.join(dict.fromkeys(sources))} from device memory"
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return "device-dynamic", "draws random numbers"
     return "static", "same shapes and addresses at every step"
+
+
+_READS_BACK = {
+    "transformers.grouped_mm_fallback.default":
+        "the host reads back how many rows each expert gets, and loops over them",
+}
+
+
+def _values(args: Any) -> Any:
+    return fx.map_arg(args, lambda node: node.meta.get("val"))
 
 
 def _has_symbol(node: fx.Node) -> bool:
@@ -264,8 +154,8 @@ def _has_symbol(node: fx.Node) -> bool:
     return any(free_symbols(part) for part in parts if part is not None)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _cause(model: PreTrainedModel, error: Exception) -> str:
+    return f"{type(error).__name__}{where(model, error)}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _layer(module: str) -> int | None:

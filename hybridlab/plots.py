@@ -20,6 +20,7 @@ from hybridlab.records import atomic_write
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
+DASHES = {"piecewise": "dot", "full": "dash"}  # other policies are drawn solid
 FORMATS = ("html", "svg", "png")
 WIDTH, HEIGHT = 1000, 500   # px
 LONGEST = 160               # characters of a text from outside
@@ -45,7 +46,7 @@ def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
         sample = own.loc[own["arm"] == arm, "ms"].sort_values().tolist()
         ranks = _spread(len(sample), POINTS)
         figure.add_scatter(x=[sample[i] for i in ranks], y=[100 * (1 - i / len(sample)) for i in ranks], mode="lines",
-                           line={"color": COLOURS[arm], "width": 2, "shape": "hv"}, **_legend(arm),
+                           line={"color": _colour(arm), "width": 2, "shape": "hv", "dash": _dash(arm)}, **_legend(arm),
                            hovertemplate=f"{arm}: %{{y:.3g}} % take %{{x:.3g}} ms or longer<extra></extra>")
         for q in (0.5, 0.99):
             if len(sample) >= stats.needed(q):
@@ -69,7 +70,7 @@ def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
         mine = own[own["arm"] == arm]
         kept = mine.iloc[_spread(len(mine), POINTS)]
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
-                           marker={"color": COLOURS[arm], "size": 4}, legendgroup=arm, showlegend=False,
+                           marker={"color": _colour(arm), "size": 4}, legendgroup=arm, showlegend=False,
                            hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
         bins = sorted(((float(part["position"].median()), stats.quantile(part["ms"], 0.5)) for part in groups
@@ -161,10 +162,11 @@ def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _arms(rows: pd.DataFrame) -> list[str]:
-    there = set(rows["arm"].unique())
-    for arm in there:
-        choose("arm", arm, ARMS)
-    return [arm for arm in ARMS if arm in there]
+    """The names in the rows, in the order of the ablation: an arm, or an arm and a policy ("hybrid full")."""
+    there = [str(name) for name in rows["arm"].unique()]
+    for name in there:
+        choose("arm", name.partition(" ")[0], ARMS)
+    return sorted(there, key=lambda name: (ARMS.index(name.partition(" ")[0]), name))
 
 
 def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
@@ -177,7 +179,7 @@ def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
             _line(figure, arm, [x for x, _ in known], [estimate for _, estimate in known], "%{x} prompt tokens")
         else:  # too few for a median with an interval: show what there is, value by value
             figure.add_scatter(x=mine["prompt_tokens"].tolist(), y=mine["ms"].tolist(), mode="markers",
-                               marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 6}, **_legend(arm))
+                               marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 6}, **_legend(arm))
         top = max([top, *(estimate.high for _, estimate in known)] if known else [top, float(mine["ms"].max())])
     figure.update_xaxes(title_text="prompt length (tokens)", selector={"anchor": "y"})
     figure.update_yaxes(title_text="time to first token (ms)", range=[0, _top(top)], selector={"anchor": "x"})
@@ -194,7 +196,8 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
         if cell.p99 is not None:
             _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
     compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
-    names = [cell.arm + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
+    names = [cell.arm.replace(" ", "<br>", 1)
+             + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
              for cell in cells]
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
     figure.update_layout(
@@ -206,20 +209,20 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
 
 def _dot(figure: go.Figure, place: float, three: tuple[float, float, float], arm: str, name: str, size: int) -> None:
     value, low, high = three
-    symbol = SYMBOLS[arm] if name == "p50" else "line-ew-open"
+    symbol = _symbol(arm) if name == "p50" else "line-ew-open"
     figure.add_scatter(x=[place], y=[value], xaxis="x2", yaxis="y2", mode="markers", legendgroup=arm, showlegend=False,
-                       marker={"color": COLOURS[arm], "symbol": symbol, "size": size},
-                       error_y=_bars([value], [low], [high], COLOURS[arm]),
+                       marker={"color": _colour(arm), "symbol": symbol, "size": size},
+                       error_y=_bars([value], [low], [high], _colour(arm)),
                        hovertemplate=f"{arm} {name}: %{{y:.3f}} ms [{low:.3f}, {high:.3f}]<extra></extra>")
 
 
 def _line(figure: go.Figure, arm: str, x: list[Any], estimates: list[stats.Estimate], where: str) -> None:
     figure.add_scatter(
         x=x, y=[estimate.value for estimate in estimates], mode="lines+markers",
-        line={"color": COLOURS[arm], "width": 2},
-        marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 7}, **_legend(arm),
+        line={"color": _colour(arm), "width": 2, "dash": _dash(arm)},
+        marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 7}, **_legend(arm),
         error_y=_bars([estimate.value for estimate in estimates], [estimate.low for estimate in estimates],
-                      [estimate.high for estimate in estimates], COLOURS[arm]),
+                      [estimate.high for estimate in estimates], _colour(arm)),
         customdata=[[estimate.low, estimate.high, estimate.n] for estimate in estimates],
         hovertemplate=f"{arm}, {where}: %{{y:.3f}} ms [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}], "
                       "n = %{customdata[2]}<extra></extra>")
@@ -227,8 +230,8 @@ def _line(figure: go.Figure, arm: str, x: list[Any], estimates: list[stats.Estim
 
 def _mark(figure: go.Figure, arm: str, estimate: stats.Estimate, q: float) -> None:
     figure.add_scatter(x=[estimate.value], y=[100 * (1 - q)], mode="markers", legendgroup=arm, showlegend=False,
-                       marker={"color": COLOURS[arm], "symbol": SYMBOLS[arm], "size": 9},
-                       error_x=_bars([estimate.value], [estimate.low], [estimate.high], COLOURS[arm]),
+                       marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 9},
+                       error_x=_bars([estimate.value], [estimate.low], [estimate.high], _colour(arm)),
                        hovertemplate=f"{arm} p{100 * q:g}: %{{x:.3f}} ms [{estimate.low:.3f}, {estimate.high:.3f}], "
                                      f"n = {estimate.n}<extra></extra>")
 
@@ -237,6 +240,19 @@ def _bars(values: list[float], lows: list[float], highs: list[float], colour: st
     return {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4,
             "array": [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
             "arrayminus": [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]}
+
+
+def _colour(arm: str) -> str:
+    return COLOURS[arm.partition(" ")[0]]
+
+
+def _symbol(arm: str) -> str:
+    return SYMBOLS[arm.partition(" ")[0]]
+
+
+def _dash(arm: str) -> str:
+    """Policies of one arm share its colour and differ in their lines."""
+    return DASHES.get(arm.partition(" ")[2], "solid")
 
 
 def _legend(arm: str) -> dict[str, Any]:

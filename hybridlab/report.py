@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab import plots
-from hybridlab.config import ARMS
+from hybridlab.config import cells
 from hybridlab.stats import needed
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS) -
 
 def _arms(result: Result) -> list[str]:
     there = set(result.rows["arm"])
-    return [arm for arm in ARMS if arm in there]
+    return [name for name in cells(result.config) if name in there]
 
 
 def _cells(table: pd.DataFrame) -> dict[tuple[str, Any, str], dict[str, Any]]:

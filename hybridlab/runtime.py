@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from hybridlab import kernels, models
 from hybridlab.buckets import bucket_for, ladder
-from hybridlab.config import RuntimeConfig, build
+from hybridlab.config import Policy, RuntimeConfig, Sampling, build
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
-from hybridlab.executors import Step, executor
+from hybridlab.executors import Executor, Launched, StockExecutor
+from hybridlab.lowered import LoweredExecutor
 from hybridlab.lowering import twin
-from hybridlab.partitioning import Plan, partition
+from hybridlab.partitioning import partition
+from hybridlab.plan import Plan
 from hybridlab.request import Request, request
 
 DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
+
+
+class Step(NamedTuple):
+    """One token on the host, the path that its forward took, and why."""
+
+    id: int
+    path: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,15 @@ class Runtime:
     `model` is whatever `hybridlab.load` takes; an instantiated model is never changed. A context manager.
     """
 
-    def __init__(self, model: Any, arm: str = "hybrid", policy: str = "whole", device: str = "auto",
+    def __init__(self, model: Any, arm: str = "hybrid", policy: str | Policy = "whole", device: str = "auto",
                  dtype: str | None = None, kernels: str = "auto", buckets: Iterable[int] | None = None,
                  capture: str = "async", cache_bytes: int | None = None, max_len: int | None = None,
-                 fallback: str = "jit", process: str = "here") -> None:
+                 fallback: str = "jit", process: str = "here", run_ahead: int = 0) -> None:
         self.config = build(RuntimeConfig, {
             "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels,
             "buckets": tuple(buckets) if isinstance(buckets, Iterable) else buckets, "capture": capture,
             "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback, "process": process,
+            "run_ahead": run_ahead,
         })
         self.model = _ready(models.load(model, device=device, dtype=dtype))
         self.device: torch.device = self.model.device
@@ -77,18 +89,26 @@ class Runtime:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
         self.buckets = ladder(self.config.buckets, self.max_len)
         self.counters = Counters()
-        plan = None if arm == "eager" else self.plan  # refuses a model that cannot be lowered
-        self._executor = executor(self.model, plan, self.config, self.buckets, self.max_len, self.counters)
+        self._executor = self._make_executor()
         self._busy = threading.Lock()
         self._closed = False
         if capture == "ahead":
             self.warm_up(self.buckets)
 
+    def _make_executor(self) -> Executor:
+        """Refuses a model that does not decode as it should, or that cannot be lowered."""
+        if self.config.arm == "eager":
+            return StockExecutor(self.model, self.config.run_ahead + 1)
+        return LoweredExecutor(self.model, self._plan, self.config, self.buckets, self.max_len, self.counters)
+
     @cached_property
     def plan(self) -> Plan:
         """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
+        return self._plan("decode")
+
+    def _plan(self, phase: str) -> Plan:
         arm = self.config.arm
-        return partition(self.model, None if arm == "eager" else self.config.policy).for_arm(arm)
+        return partition(self.model, None if arm == "eager" else self.config.policy, phase).for_arm(arm)
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int = 0,
@@ -128,9 +148,10 @@ class Runtime:
                 top_p: float | None = None) -> None:
         """Capture and compile all that prompts of these lengths need, and sampling of this kind."""
         lengths = self._lengths(lengths)
+        sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
         with self._owned():
             self._executor.check()
-            self._executor.capture_for(lengths)
+            self._executor.capture_for(lengths, sampling)
         for length in {self.bucket_for(n) or n: n for n in lengths}.values():
             new = min(2, self.max_len - length)
             self.generate([0] * length, max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, stop=[])
@@ -174,18 +195,20 @@ class Runtime:
     def _serve(self, asked: Request) -> Iterator[tuple[Step, float]]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
+            flying: deque[Launched] = deque()
             try:
                 self._executor.check()
                 start = time.perf_counter_ns()
                 with torch.no_grad():
                     self._executor.start(asked.sampling)
-                    step = self._executor.prefill(asked.ids)
+                    flying.append(self._executor.prefill(asked.ids))
                 for index in range(asked.max_new_tokens):
                     if index:
                         self._require_open()
                         start = time.perf_counter_ns()
-                        with torch.no_grad():
-                            step = self._executor.decode()
+                        self._launch(flying, asked.max_new_tokens - index)
+                    launched = flying.popleft()
+                    step = Step(self._executor.read(launched), launched.path, launched.reason)
                     ms = (time.perf_counter_ns() - start) / 1e6
                     if step.id < 0:
                         raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
@@ -195,9 +218,16 @@ class Runtime:
                     if step.id in asked.stop:
                         return
             finally:
+                self.counters.discarded += len(flying)
                 if not self._closed:
                     with torch.no_grad():
                         self._executor.finish()
+
+    def _launch(self, flying: deque[Launched], wanted: int) -> None:
+        """Launch steps until `run_ahead` of them fly beyond the next to be read, none beyond the `wanted` last ones."""
+        with torch.no_grad():
+            while len(flying) < min(self.config.run_ahead + 1, wanted):
+                flying.append(self._executor.decode())
 
     @contextmanager
     def _owned(self) -> Iterator[None]:

@@ -26,6 +26,16 @@ class Controls:
             self.top_k.fill_(min(sampling.top_k or vocabulary, vocabulary))
             self.top_p.fill_(sampling.top_p or 1.0)
 
+    @property
+    def mode(self) -> str:
+        """How tokens are drawn: what a captured draw bakes in."""
+        return ("filtered" if self.filtered else "random") if self.random else "greedy"
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What a draw reads beside the logits, and the token it writes."""
+        return [self.seed, self.temperature, self.top_k, self.top_p, self.token]
+
     def draw(self, logits: Tensor, positions: Tensor) -> None:
         if self.random:
             self.ops.sample.default(logits, self.seed, positions, self.temperature, self.top_k, self.top_p,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what the CPU allocator gives
 _HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-def _reads_back(function: Any, args: tuple[Any, ...]) -> bool:
+def reads_back(function: Any, args: tuple[Any, ...]) -> bool:
     """Whether the host must wait for a value: to have it (`.item()`), or to know a shape that depends on it."""
     if function is torch.ops.aten.index.Tensor:  # tagged for masks only; integer indices have a known shape
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -38,6 +39,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+    outside: bool = False
 
     @property
     def inputs(self) -> Iterator[Tensor]:
@@ -55,31 +57,39 @@ class _Call:
 class _Recorder(TorchDispatchMode):
     """Runs every operation and keeps it. The specification ops are recorded as the plain PyTorch they consist of."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave_outside: Callable[[Any], bool]) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self.leave_outside = leave_outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "hybridlab":
+        outside = self.leave_outside(func)
+        if func.namespace == "hybridlab" and not outside:
             with self:
                 return ops.REFERENCE[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
-        if _reads_back(func, args):
+        if reads_back(func, args):
             raise CaptureFailed(f"{func} reads a value back to the host", "no graph can hold that",
                                 "keep the value in device memory, or leave this step outside the graph")
         out = func(*args, **(kwargs or {}))
-        self.calls.append(_Call(func, args, kwargs or {}, out))
+        self.calls.append(_Call(func, args, kwargs or {}, out, outside))
         return out
 
 
 class Tape:
-    """A recorded launch sequence. `replay` runs it over the tensors it was recorded with."""
+    """A recorded launch sequence. `replay` runs it over the tensors it was recorded with.
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        recorder = _Recorder()
+    Operations that `leave_outside` names are no part of a graph: between the graphs they run through the dispatcher,
+    as they would from Python. `graphs` counts the graphs of one replay.
+    """
+
+    def __init__(self, function: Callable[[], None], leave_outside: Callable[[Any], bool] | None = None) -> None:
+        recorder = _Recorder(leave_outside or (lambda _: False))
         with torch.no_grad(), recorder:
             function()
         with torch.no_grad():
-            self.nbytes, self._calls = _instantiate(recorder.calls)
+            self.nbytes, launches = _instantiate(recorder.calls)
+        self.graphs = sum(not outside for outside, _ in groupby(outside for _, outside in launches))
+        self._calls = [call for call, _ in launches]
 
     def replay(self) -> None:
         with torch.no_grad():
@@ -94,12 +104,23 @@ class Tape:
         return len(self._calls)
 
 
+def launches_nothing(function: Any) -> bool:
+    """Whether an operation only looks at memory in another way, or takes some, without writing any."""
+    return bool(function.is_view) or any(name in function._schema.name for name in ("empty", "_unsafe_view", "alias"))
+
+
+def fresh(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
+    """The tensors that a call made, in order: no views of its arguments and not the arguments that it wrote."""
+    given = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+    return [t for t in tree_iter(out) if isinstance(t, Tensor) and _storage(t) not in given]
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _instantiate(calls: list[_Call]) -> tuple[int, list[Callable[[], Any]]]:
-    """Arena size in bytes, and the calls over tensors in the arena.
+def _instantiate(calls: list[_Call]) -> tuple[int, list[tuple[Callable[[], Any], bool]]]:
+    """Arena size in bytes, and the calls over tensors in the arena, each with whether it is outside.
 
     Dropped are views, whose addresses are fixed, and constants, whose values are.
     """
@@ -123,7 +144,11 @@ def _instantiate(calls: list[_Call]) -> tuple[int, list[Callable[[], Any]]]:
         fresh = [t for t in call.outputs if births.get(_storage(t)) == index]
         if fresh or call.mutates:
             args, kwargs = tree_map_only(Tensor, move, (call.args, call.kwargs))
-            launches.append(_launch(call.function, args, kwargs, [move(t) for t in fresh]))
+            if call.function.namespace == "hybridlab_jit" and not call.outside:
+                launch = kernels.bind(call.function._schema.name.split("::")[1], args)
+            else:
+                launch = again(call.function, args, kwargs, [move(t) for t in fresh])
+            launches.append((launch, call.outside))
     return total, launches
 
 
@@ -173,12 +198,11 @@ def _place(births: dict[int, int], deaths: dict[int, int], sizes: dict[int, int]
     return offsets, total
 
 
-def _launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: list[Tensor]) -> Callable[[], Any]:
-    if function.namespace == "hybridlab_jit":
-        function, args = kernels.bind(function._schema.name.split("::")[1], args), ()
-    elif function is torch.ops.aten._to_copy.default:
+def again(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: list[Tensor]) -> Callable[[], Any]:
+    """The same call, its results written into `fresh`, the tensors that its first run made."""
+    if function is torch.ops.aten._to_copy.default:
         return partial(fresh[0].copy_, args[0])
-    elif fresh:
+    if fresh:
         variant = _out_variant(function)
         if variant is not None:
             outs = [a.name for a in variant._schema.arguments if a.is_out]

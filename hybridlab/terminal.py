@@ -14,9 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PromptError
+from hybridlab.config import policy_name
+from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PlanError, PromptError
+from hybridlab.plan import Plan
 
-REFUSED = (ConfigError, ModelError, PromptError, NotebookError)  # raised before work starts
+REFUSED = (ConfigError, ModelError, PromptError, PlanError, NotebookError)  # raised before work starts
+WIDE = 132  # columns of a table that goes to a file or a log
+SHOWN = 12  # segments; a piecewise plan has two a layer
 COLOURS = {"graph": "blue", "jit": "dark_orange", "eager": "grey50"}
 DONE, FAILED, REFUSAL, INTERRUPTED = 0, 1, 2, 130
 
@@ -90,6 +94,32 @@ def machine(found: dict[str, Any], missing: list[str]) -> None:
     out.print(table)
     for sentence in missing:
         out.print(f"• {escape(sentence)}", highlight=False)
+
+
+def plan(found: Plan, kind: str | None = None) -> None:
+    """A plan on stdout: how many operations of each kind, its segments, and the operations that share a reason."""
+    out = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    policy = "stock, nothing lowered" if found.policy is None else f"policy {policy_name(found.policy)}"
+    counts = ", ".join(f"{n:,} {name}" for name, n in found.counts.items())
+    out.print(f"{printable(found.model)} · {found.phase} of {found.length} tokens · {policy}: {counts}",
+              highlight=False, markup=False)
+    ops = found.table()
+    segments = Table("segment", "path", "operations", "launches", "why")
+    for segment in found.segments[:SHOWN]:
+        own = ops[ops["segment"] == segment.name]
+        segments.add_row(escape(segment.name), f"[{COLOURS[segment.path]}]{segment.path}[/]", f"{len(own):,}",
+                         f"{own['launches'].sum():,}", escape(segment.reason))
+    if len(found.segments) > SHOWN:
+        segments.add_row("…", "", "", "", f"{len(found.segments) - SHOWN} more")
+    out.print(segments)
+    table = Table("kind", "why", "operations", "launches", "MFLOPs", "MB")
+    ops["short"] = [o.short for o in found.ops]
+    for (of_kind, reason), own in ops.groupby(["kind", "reason"], sort=False):
+        if kind in (None, of_kind):
+            names = ", ".join(f"{short} ×{n}" for short, n in own["short"].value_counts(sort=False).items())
+            table.add_row(of_kind, escape(printable(reason)), escape(names), f"{own['launches'].sum():,}",
+                          f"{own['flops'].sum() / 1e6:,.2f}", f"{own['bytes'].sum() / 1e6:,.2f}")
+    out.print(table)
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,10 @@ plausible wrong tokens, so it is found here, by its logits.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -14,6 +18,8 @@ from hybridlab.errors import LoweringError, ModelError
 from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower, twin
 
 PROBE = 17  # tokens; all but the last are a prompt, the last is a decode step
+PADDED = 24  # rows that the prompt is padded to, as a bucket would
+WINDOW, SOFTCAP = 8, 0.1  # in place of a model's own, which so few tokens would not reach
 # Of the largest logit. Rounding in another order moves logits by a hundredth of this; a wrong mask or scale by more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -29,7 +35,7 @@ def verify_cached(model: PreTrainedModel) -> None:
             ids, cache = _probe(model), DynamicCache(config=model.config.get_text_config())
             for part in (ids[:, :-1], ids[:, -1:]):
                 out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            error = _error(model, ids, out.logits[0, -1])
+            error = _error(model, ids, out.logits[0, -1:])
     except (RuntimeError, TypeError, ValueError, AttributeError) as raised:
         cause = f"{type(raised).__name__}: {raised}"
         raise ModelError(f"{name} does not decode over a KV cache", cause, remedy) from raised
@@ -39,22 +45,54 @@ def verify_cached(model: PreTrainedModel) -> None:
 
 
 def verify_lowered(model: PreTrainedModel) -> None:
-    """Raise `LoweringError` if a lowered prefill and decode step differ from the model's own forward."""
+    """Raise `LoweringError` if a lowered prefill and decode step differ from the model's own forward.
+
+    Both run with sliding windows and soft-caps so narrow that a few tokens reach them.
+    """
+    model = _narrowed(model)
     ids, config = _probe(model), model.config
-    kv = StaticKV(config, PROBE, model.device, model.dtype)
-    logits = torch.zeros(config.vocab_size, device=model.device)
+    kv = StaticKV(config, PADDED, model.device, model.dtype)
+    logits = torch.zeros((2, config.vocab_size), device=model.device)
     module = lower(model, PLAIN)
     with torch.no_grad():
-        for rows, first in ((PROBE - 1, 0), (1, PROBE - 1)):
-            inputs = Inputs.of(rows, model.device)
-            inputs.ids.copy_(ids[:, first:first + rows])
-            inputs.positions.add_(first)
-            inputs.last.fill_(rows - 1)
-            Program(module, kv, logits, inputs, PROBE if rows == 1 else rows)()
-        error = _error(twin(model), ids, logits)
+        for step, part in enumerate((ids[:, :-1], ids[:, -1:])):
+            count = part.shape[1]
+            inputs = Inputs.of(1 if step else PADDED, model.device)
+            inputs.ids[:, :count] = part
+            inputs.positions.add_(step * (PROBE - 1))
+            inputs.last.fill_(count - 1)
+            Program(module, kv, logits[step], inputs, PADDED)()
+        error = _error(model, ids, logits)
     if error > TOLERANCE[model.dtype]:
         raise LoweringError(f"lowered logits of {type(model).__name__} differ from the model's own",
                             f"by {error:.1e} of the largest, after {PROBE} tokens in {model.dtype}", EAGER)
+
+
+def _narrowed(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin whose sliding windows and soft-caps are `WINDOW` and `SOFTCAP`, wherever a module or config keeps one.
+
+    Raises `LoweringError` for windows of several sizes: which of them its mask obeys, a narrowed twin cannot tell.
+    """
+    narrowed = twin(model)
+    windows = [*_settings(narrowed, r"window(_size)?$", int)]
+    sizes = {getattr(holder, name) for holder, name in windows} - {0}
+    if len(sizes) > 1:
+        raise LoweringError(f"{type(model).__name__} has windows of {', '.join(map(str, sorted(sizes)))} tokens",
+                            "its config and its layers must name the same", EAGER)
+    for holder, name in windows:
+        setattr(holder, name, min(WINDOW, getattr(holder, name)))
+    for holder, name in _settings(narrowed, "^(?!final).*softcap", float):  # a final one would only blur the logits
+        setattr(holder, name, SOFTCAP)
+    return narrowed
+
+
+def _settings(model: PreTrainedModel, pattern: str, kind: type) -> Iterator[tuple[Any, str]]:
+    """Each module or config of `model` with the name of a number that it keeps under a name that has `pattern`."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for holder in (*configs.values(), *model.modules()):
+        for name, value in list(vars(holder).items()):
+            if type(value) is kind and re.search(pattern, name):
+                yield holder, name
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
@@ -64,9 +102,10 @@ def _probe(model: PreTrainedModel) -> Tensor:
 def _error(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> float:
     """The largest difference to the model's forward over all ids at once, in units of the largest logit.
 
-    0 where the model itself gives NaN: broken weights are found, and named, when a token is drawn.
+    logits: [rows, vocabulary], of the last rows. 0 where the model itself gives NaN: broken weights are found, and
+    named, when a token is drawn.
     """
-    wanted = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    wanted = model(input_ids=ids, use_cache=False).logits[0, -len(logits):].float()
     if not torch.isfinite(wanted).all():
         return 0.0
     return float((logits.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))

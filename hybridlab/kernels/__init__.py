@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import triton
-from torch import Tensor
 
 from hybridlab import ops
 from hybridlab.kernels import attend, inductor, inputs, sample
@@ -28,13 +27,13 @@ def _note_compile(**event: Any) -> Any:
 
 triton.knobs.runtime.jit_post_compile_hook = _note_compile
 
-TRITON: dict[str, Callable[..., Tensor | None]] = {
+TRITON: dict[str, Callable[..., None]] = {
     "attend": attend.attend, "pad": inputs.pad, "advance": inputs.advance,
     "greedy": sample.greedy, "sample": sample.sample,
 }
 
 
-def bind(name: str, args: tuple[Any, ...]) -> Callable[[], Tensor | None]:
+def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
     """The call of op `name` with these very arguments, with everything decided that can be decided now.
 
     Compiles the kernel for the shapes of `args` if that has not happened yet.
@@ -49,7 +48,7 @@ def compiles() -> int:
     return inductor.count() + _TRITON_COMPILES.count(threading.get_ident())
 
 
-def _run(name: str) -> Callable[..., Tensor | None]:
+def _run(name: str) -> Callable[..., None]:
     return lambda *args: bind(name, args)()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,7 +74,7 @@ def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cach
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
-           scale: float, span: int, window: int, softcap: float) -> Tensor:
+           scale: float, span: int, window: int, softcap: float, out: Tensor) -> None:
     """`hybridlab.ops.attend` in two launches. Scores and sums are float32; weights take v's dtype, as there.
 
     The cost follows the device-side position, not `span`, so one capture serves every context length.
@@ -83,7 +82,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     heads, rows, dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    out = torch.empty((1, rows, heads, dim), device=q.device, dtype=q.dtype)
     padded = max(16, triton.next_power_of_2(dim))
     _write[(rows, kv_heads)](k, v, k_cache, v_cache, positions, k.stride(1), k.stride(2), v.stride(1), v.stride(2),
                              k_cache.stride(1), k_cache.stride(2), dim, padded)
@@ -93,4 +91,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     _attend[grid](q, k_cache, v_cache, positions, out, q.stride(1), q.stride(2), k_cache.stride(1), k_cache.stride(2),
                   out.stride(1), out.stride(2), rows, group, span, window, scale, softcap,
                   dim, padded, block_rows, BLOCK_COLUMNS)
-    return out

@@ -32,7 +32,7 @@ def count() -> int:
     return _COMPILED_BY.count(threading.get_ident())
 
 
-def bind(name: str, args: tuple[Any, ...]) -> Callable[[], Tensor | None]:
+def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
     """The compiled kernel of op `name` for `args`, bound to their tensors.
 
     A kernel belongs to the shapes, strides and dtypes of the tensors, to the values of everything else, and to the

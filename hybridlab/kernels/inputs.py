@@ -20,7 +20,7 @@ def _pad(prompt, length, ids, last, bucket, block: tl.constexpr):
 
 @triton.jit
 def _advance(token, ids, positions):
-    tl.store(ids, tl.load(token))
+    tl.store(ids, tl.maximum(tl.load(token), 0))
     tl.store(positions, tl.load(positions) + 1)
 
 

@@ -5,17 +5,28 @@ Skipped without a GPU: there is nothing here that a CPU could stand in for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import hybridlab as hl
 from hybridlab import kernels, ops
 from hybridlab.config import ARMS
+from hybridlab.errors import NonFinite
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 LENGTHS = (1, 9, 10, 63, 64, 65, 127, 500)
 NEW = 64
+
+
+def attended(attend: Any, *args: Any) -> torch.Tensor:
+    """What `attend` writes for these arguments into an output that holds NaN before."""
+    q = args[0]
+    out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
+    attend(*args, out)
+    return out
 
 
 def prompt(model: torch.nn.Module, length: int) -> list[int]:
@@ -80,8 +91,8 @@ def test_attend_against_the_specification(dtype: torch.dtype, limit: float, rows
     q, k, v = (torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in shape.values())
     caches = [torch.randn(1, 2, 300, 64, device="cuda", dtype=dtype) for _ in range(2)]
     positions = torch.arange(start, start + rows, device="cuda")
-    exact = ops.attend(*(t.double() for t in (q, k, v, *caches)), positions, 0.125, 300, window, 0.0)
-    got = kernels.TRITON["attend"](q, k, v, *caches, positions, 0.125, 300, window, 0.0)
+    exact = attended(ops.attend, *(t.double() for t in (q, k, v, *caches)), positions, 0.125, 300, window, 0.0)
+    got = attended(kernels.TRITON["attend"], q, k, v, *caches, positions, 0.125, 300, window, 0.0)
     assert ((got.double() - exact).abs().max() / exact.abs().max()).item() <= limit
 
 
@@ -95,3 +106,64 @@ def test_random_llama_in_half_precision_matches_across_arms() -> None:
             drawn[arm] = runtime.generate(prompt(model, 50), max_new_tokens=32, stop=[]).ids
     assert drawn["hybrid"] == drawn["jit"]
     assert drawn["graph"] == drawn["eager"] or drawn["graph"][:8] == drawn["eager"][:8]
+
+
+@pytest.mark.parametrize("policy", ["piecewise", "full", hl.Policy(("attention", "lm_head")), hl.Policy(("mlp",))])
+@pytest.mark.parametrize("arm", ["graph", "hybrid"])
+def test_policies_give_the_same_tokens(tiny: torch.nn.Module, arm: str, policy: str | hl.Policy) -> None:
+    """A piece captured before its inputs were real, a value between pieces that moved, or a step that ran twice."""
+    for ahead in (0, 3):
+        with hl.Runtime(tiny, arm=arm, policy=policy, capture="sync", run_ahead=ahead) as runtime:
+            for length in (1, 64, 65, 500):
+                ids = prompt(tiny, length)
+                want = expected(tiny, ids)
+                assert runtime.generate(ids, max_new_tokens=NEW, stop=[]).ids == want, length
+                cut = runtime.generate(ids, max_new_tokens=NEW, stop=[want[9]])
+                assert cut.ids == want[:want.index(want[9]) + 1]
+                assert set(cut.paths) == {"graph"}
+            graphs = sum(s.path == "graph" for s in runtime.plan.segments)
+            assert runtime.counters.replays == graphs * (runtime.counters.hits + runtime.counters.misses)
+            assert runtime.counters.failures == 0
+
+
+@pytest.mark.parametrize("policy", ["piecewise", "full"])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.8}])
+def test_policies_draw_what_eager_draws(tiny: torch.nn.Module, policy: str, settings: dict[str, float]) -> None:
+    """A draw inside a graph that bakes in its seed, or reads a position that the graph has not moved on yet."""
+    with hl.Runtime(tiny, arm="eager") as eager, hl.Runtime(tiny, policy=policy, run_ahead=2) as runtime:
+        for seed in (0, 1, 2, 0):
+            asked = {"temperature": 0.8, "seed": seed, "stop": [], **settings}
+            ids = prompt(tiny, 20)
+            assert runtime.generate(ids, **asked).ids == eager.generate(ids, **asked).ids
+
+
+@pytest.mark.parametrize("policy", ["whole", "piecewise", "full"])
+def test_replay_is_bit_equal_to_its_kernels(tiny: torch.nn.Module, policy: str) -> None:
+    """Graphs whose logits differ from the same kernels launched one by one."""
+    with hl.Runtime(tiny, policy=policy, capture="sync") as runtime:
+        runtime.generate(prompt(tiny, 100), max_new_tokens=5, stop=[])
+        executor = runtime._executor
+        replayed = executor.logits.clone()
+        with torch.no_grad():
+            executor.program("decode", 1)()
+        assert torch.equal(executor.logits, replayed)
+
+
+def test_tokens_survive_capture_behind_requests(tiny: torch.nn.Module) -> None:
+    """Captures between requests that leave memory of theirs where the next request reads."""
+    with hl.Runtime(tiny, policy="piecewise", capture="async") as runtime:
+        for length in (9, 500, 64, 9, 500, 64):
+            ids = prompt(tiny, length)
+            assert runtime.generate(ids, max_new_tokens=NEW, stop=[]).ids == expected(tiny, ids)
+        assert runtime.counters.captures == 4
+
+
+def test_broken_logits_do_not_end_the_process(tiny: torch.nn.Module) -> None:
+    """The token -1 looked up in the embedding by a step launched ahead: a device assertion that nothing survives."""
+    model = hl.load("random:tiny-llama-3")
+    with hl.Runtime(model, policy="full", run_ahead=4) as runtime:
+        runtime.warm_up([10])
+        model.lm_head.weight[3, 3] = float("nan")
+        with pytest.raises(NonFinite, match="new token 0"):
+            runtime.generate(prompt(model, 10))
+    assert torch.ones(2, device="cuda").sum().item() == 2

@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
-from hybridlab import cli, committed, notebooks, paths, records, report, reproduce, terminal
-from hybridlab.config import PAPER_LENGTHS, RunConfig, build
+from hybridlab import cli, committed, notebooks, parameters, paths, records, report, reproduce, terminal
+from hybridlab.config import PAPER_LENGTHS, Policy, RunConfig, build
 from hybridlab.errors import CaptureFailed, ConfigError, ModelError, NotebookFailed
 from hybridlab.experiment import Result as Recorded
+from hybridlab.plan import Plan
 
-COMMANDS = ("env", "generate", "run", "reproduce", "check")
+COMMANDS = ("env", "partition", "generate", "run", "reproduce", "check")
 
 
 def invoke(*arguments: str) -> Result:
@@ -154,7 +155,7 @@ def test_generate_streams_text_and_sums_up() -> None:
 ])
 def test_values_are_read_as_written(text: str, value: Any) -> None:
     """papermill reads `true` as text, and YAML reads `no` as False and 1:30 as 90."""
-    got = cli.parse_value(text)
+    got = parameters.parse_value(text)
     assert got == value
     assert type(got) is type(value)
 
@@ -320,3 +321,30 @@ def test_numbers_keep_three_digits_and_cells_stay_in_their_column() -> None:
     assert "<i>" not in text.replace("\\<i\\>", "")
     assert report._absent(None)
     assert report._absent(math.nan)
+
+
+def test_partition_shows_reasons_segments_and_json() -> None:
+    """A partition that only Python can see, or a table that says other things than the plan."""
+    shown = invoke("partition", "--policy", "piecewise")
+    assert shown.exit_code == 0, shown.output
+    for text in ("0 host-dynamic", "attention 0", "reads the position from device memory", "attend ×4"):
+        assert text in shown.stdout
+    stock = invoke("partition", "--policy", "none", "--kind", "host-dynamic")
+    assert "concatenates onto the cache" in stock.stdout
+    assert "same shapes" not in stock.stdout
+    assert "is device-dynamic: reads the position" in invoke("partition", "--explain", "attend").stdout
+    plan = Plan.from_json(invoke("partition", "--policy", "lm_head,", "--json").stdout)
+    assert plan.policy == Policy(("lm_head",))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--policy", "hole"], "did you mean 'whole'"), (["--policy", "lm_haed,"], "did you mean 'lm_head'"),
+    (["--phase", "decoding"], "did you mean 'decode'"), (["--kind", "statik"], "did you mean 'static'"),
+    (["--explain", "atend"], "did you mean 'attend'"), (["--length", "1"], "length"), (["random:lama"], "lama"),
+])
+def test_partition_refuses_what_it_cannot_label(arguments: list[str], message: str) -> None:
+    """A traceback, or a plan of something else, for a misspelt option."""
+    result = invoke("partition", *arguments)
+    assert result.exit_code == terminal.REFUSAL
+    assert message in result.stderr
+    assert result.stdout == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {torch.float32: 1e-5, torch.float16: 2e-3}  # of the row's largest value; reference: IEEE half has 11 bits
+
+
+def attended(attend: Any, *args: Any) -> torch.Tensor:
+    """What `attend` writes for these arguments into an output that holds NaN before."""
+    q = args[0]
+    out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
+    attend(*args, out)
+    return out
 
 
 def inputs(heads: int, kv_heads: int, rows: int, dim: int, capacity: int, start: int, dtype: torch.dtype,
@@ -45,9 +54,9 @@ def test_triton_attend(case: tuple, dtype: torch.dtype) -> None:
     *shape, window, softcap = case
     args = inputs(*shape, dtype)
     wide = [a.double() if a.is_floating_point() else a.clone() for a in args]
-    exact = ops.attend(*wide, 0.2, shape[4], window, softcap)
-    plain = ops.attend(*(a.clone() for a in args), 0.2, shape[4], window, softcap)
-    got = attend.attend(*args, 0.2, shape[4], window, softcap)
+    exact = attended(ops.attend, *wide, 0.2, shape[4], window, softcap)
+    plain = attended(ops.attend, *(a.clone() for a in args), 0.2, shape[4], window, softcap)
+    got = attended(attend.attend, *args, 0.2, shape[4], window, softcap)
     top = exact.abs().max()
     error = ((got.double() - exact).abs().max() / top).item()
     assert error <= 2 * ((plain.double() - exact).abs().max() / top).item() + EPS[dtype]
@@ -57,8 +66,8 @@ def test_triton_attend(case: tuple, dtype: torch.dtype) -> None:
 def test_triton_attend_stops_at_span() -> None:
     """A kernel that attends past the bound its program was built with."""
     args = inputs(4, 2, 8, 16, 64, 0, torch.float32)
-    short = attend.attend(*(a.clone() for a in args), 0.25, 4, 0, 0.0)
-    plain = ops.attend(*(a.clone() for a in args), 0.25, 4, 0, 0.0)
+    short = attended(attend.attend, *(a.clone() for a in args), 0.25, 4, 0, 0.0)
+    plain = attended(ops.attend, *(a.clone() for a in args), 0.25, 4, 0, 0.0)
     torch.testing.assert_close(short, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -108,12 +117,12 @@ def test_inductor_attend_and_its_count() -> None:
     before = kernels.compiles()
     for start in (5, 9):
         args[5] = torch.arange(start, start + 3)
-        plain = ops.attend(*(a.clone() for a in args), 0.25, 40, 0, 0.0)
-        got = torch.ops.hybridlab_jit.attend.default(*(a.clone() for a in args), 0.25, 40, 0, 0.0)
+        plain = attended(ops.attend, *(a.clone() for a in args), 0.25, 40, 0, 0.0)
+        got = attended(torch.ops.hybridlab_jit.attend.default, *(a.clone() for a in args), 0.25, 40, 0, 0.0)
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
     assert kernels.compiles() == before + 1
-    windowed = torch.ops.hybridlab_jit.attend.default(*(a.clone() for a in args), 0.25, 40, 2, 0.0)
-    torch.testing.assert_close(windowed, ops.attend(*args, 0.25, 40, 2, 0.0), rtol=1e-5, atol=1e-5)
+    windowed = attended(torch.ops.hybridlab_jit.attend.default, *(a.clone() for a in args), 0.25, 40, 2, 0.0)
+    torch.testing.assert_close(windowed, attended(ops.attend, *args, 0.25, 40, 2, 0.0), rtol=1e-5, atol=1e-5)
     assert kernels.compiles() == before + 2
 
 
@@ -135,8 +144,8 @@ def test_inductor_takes_views_of_a_larger_tensor() -> None:
     fused = torch.randn(1, 5, 3 * 4 * 16)
     q, k, v = (part.view(1, 5, 4, 16).transpose(1, 2) for part in fused.split(64, dim=-1))
     caches = [torch.zeros(1, 4, 8, 16) for _ in range(2)]
-    got = torch.ops.hybridlab_jit.attend.default(q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0)
-    torch.testing.assert_close(got, ops.attend(q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0))
+    got = attended(torch.ops.hybridlab_jit.attend.default, q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0)
+    torch.testing.assert_close(got, attended(ops.attend, q, k, v, *caches, torch.arange(5), 0.25, 8, 0, 0.0))
 
 
 def test_compilations_of_other_threads_are_not_ours() -> None:
@@ -153,7 +162,9 @@ def test_compiling_leaves_the_callers_buffers_alone() -> None:
     """A compilation that writes the cache at the position it was traced with."""
     args = inputs(2, 2, 1, 16, 12, 3, torch.float32, "cpu")
     before = [a.clone() for a in args]
-    inductor.bind("attend", (*args, 0.25, 12, 0, 0.0))
+    out = torch.zeros(1, 1, 2, 16)
+    inductor.bind("attend", (*args, 0.25, 12, 0, 0.0, out))
+    assert not out.any()
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
 
 

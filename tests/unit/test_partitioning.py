@@ -110,7 +110,9 @@ def test_a_wrong_lowering_is_refused(wrong: dict[str, float], monkeypatch: pytes
     def attention(module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, *,
                   hybridlab: lowering.Binding, scaling: float, **_: object) -> tuple[torch.Tensor, None]:
         values = {"scale": scaling, "span": hybridlab.span, "window": 0, "softcap": 0.0} | wrong
-        return ops.attend(q, k, v, *hybridlab.layers[module.layer_idx], hybridlab.positions, *values.values()), None
+        out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3])
+        ops.attend(q, k, v, *hybridlab.layers[module.layer_idx], hybridlab.positions, *values.values(), out)
+        return out, None
 
     def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
         lowered = lowering.twin(model)

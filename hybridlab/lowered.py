@@ -1,0 +1,238 @@
+"""Arms `graph`, `jit` and `hybrid`: lowered programs over one static KV cache, replayed, JIT-run or run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from hybridlab import kernels, ops
+from hybridlab.buckets import bucket_for
+from hybridlab.config import RuntimeConfig, Sampling, policy, policy_name
+from hybridlab.counters import Counters
+from hybridlab.errors import CaptureFailed, StaleAddress
+from hybridlab.executors import Launched
+from hybridlab.graphs import GraphCache
+from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
+from hybridlab.pieces import Cut, cut
+from hybridlab.plan import Plan
+from hybridlab.readback import Readback
+from hybridlab.sampling import Controls
+
+assert kernels, ops  # both register the namespaces that programs call
+
+
+class Key(NamedTuple):
+    """What one captured graph is for: everything that it bakes in."""
+
+    phase: str
+    rows: int
+    draw: str  # how tokens are drawn, if the graph draws them
+    policy: str
+    dtype: str
+    device: str
+
+
+class LoweredExecutor:
+    """`graph` and `hybrid` replay what the plan puts into graphs, where a graph is there. `jit` and `hybrid` run the
+    dynamic operations, attention included, as JIT kernels; `graph` runs them as plain PyTorch.
+
+    `plan_of` gives the plan of a phase. Of a step's three parts the forward is always captured, with the cut that the
+    plan makes inside it; `prepare` and `sample` are captured with it where the plan says so.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan_of: Callable[[str], Plan], config: RuntimeConfig,
+                 buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
+        self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
+        self.namespace = JIT if config.arm in ("jit", "hybrid") else PLAIN
+        self.modules = {self.namespace: lower(model, self.namespace)}
+        self.weights = _addresses(model)
+        self.controls = Controls(model.device, self.namespace)
+        self.tokens = Readback(self.controls.token, config.run_ahead + 1)
+        self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
+        self.logits = torch.zeros(model.config.vocab_size, device=model.device)
+        self.prompt = torch.zeros(max_len, dtype=torch.int64, device=model.device)
+        self.length = torch.ones(1, dtype=torch.int64, device=model.device)
+        self.staging = torch.zeros(max_len, dtype=torch.int64, pin_memory=model.device.type == "cuda")
+        self.inputs: dict[tuple[str, int], Inputs] = {}
+        self.programs: dict[tuple[str, str, int], Program] = {}
+        self.positions = self.program("decode", 1).inputs.positions
+        self.graphs: GraphCache | None = None
+        if config.arm in ("graph", "hybrid"):
+            self.graphs = GraphCache(model.device, config.cache_bytes, counters)
+        self.pending: dict[Key, Program] = {}
+        decode = plan_of("decode")
+        self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
+        self.cuts: dict[str, Cut | None] = {"decode": self._cut(decode)}
+        self.baked = (policy_name(policy(config.policy)), str(model.dtype), str(model.device))  # of every key
+        self.bucket: int | None = None
+
+    def program(self, phase: str, rows: int, namespace: str | None = None) -> Program:
+        """The program of one shape, made at first use; programs of one shape read the same inputs."""
+        namespace = namespace or self.namespace
+        key = (namespace, phase, rows)
+        if key not in self.programs:
+            if namespace not in self.modules:
+                self.modules[namespace] = lower(self.model, namespace)
+            inputs = self.inputs.setdefault((phase, rows), Inputs.of(rows, self.model.device))
+            span = rows if phase == "prefill" else self.kv.capacity
+            self.programs[key] = Program(self.modules[namespace], self.kv, self.logits, inputs, span)
+        return self.programs[key]
+
+    def check(self) -> None:
+        """Raise `StaleAddress` if a weight was replaced: graphs and lowered modules hold the old one."""
+        if _addresses(self.model) != self.weights:
+            raise StaleAddress("a weight of the model was replaced since this runtime was built",
+                               "its graphs and lowered modules still read the old one",
+                               "make a new Runtime, or change weights in place with copy_()")
+
+    def start(self, sampling: Sampling) -> None:
+        self.controls.set(sampling, self.model.config.vocab_size)
+
+    def prefill(self, ids: list[int]) -> Launched:
+        count = len(ids)
+        self.staging[:count] = torch.tensor(ids)
+        self.prompt[:count].copy_(self.staging[:count], non_blocking=True)
+        self.length.fill_(count)
+        self.bucket = bucket_for(count, self.buckets)
+        return self._launch("prefill", self.bucket or count)
+
+    def decode(self) -> Launched:
+        return self._launch("decode", 1)
+
+    def read(self, step: Launched) -> int:
+        return self.tokens.read(step.place)
+
+    def _launch(self, phase: str, rows: int) -> Launched:
+        program = self.program(phase, rows)
+        if "prepare" in self.outside:
+            self._prepare(phase, program)
+        if self.graphs is None:
+            path, reason = "jit", "arm jit launches static operations from Python and dynamic ones as JIT kernels"
+            self._run(phase, program)
+        else:
+            key = self._key(phase, program)
+            missed = self._miss(key, program)
+            if missed is None:
+                path, reason = "graph", f"replayed {phase} graph of {program.rows} rows"
+                with self.graphs.lease(key) as replay:
+                    replay()
+                if "sample" in self.outside:
+                    self._sample()
+            else:
+                path, reason = self._fall_back(phase, program, missed)
+        return Launched(self.tokens.send(), path, reason)
+
+    def _run(self, phase: str, program: Program) -> None:
+        """The step with every operation launched from Python; its inputs are prepared if that is never captured."""
+        if "prepare" not in self.outside:
+            self._prepare(phase, program)
+        program()
+        self._sample()
+
+    def _inside(self, phase: str, program: Program) -> None:
+        """The parts of a step that one capture holds."""
+        if "prepare" not in self.outside:
+            self._prepare(phase, program)
+        program()
+        if "sample" not in self.outside:
+            self._sample()
+
+    def _prepare(self, phase: str, program: Program) -> None:
+        ids, positions, last = program.inputs
+        if phase == "prefill":
+            self.controls.ops.pad.default(self.prompt, self.length, ids, last)
+            self.positions.copy_(last)
+        else:
+            self.controls.ops.advance.default(self.controls.token, ids, positions)
+
+    def _sample(self) -> None:
+        self.controls.draw(self.logits, self.positions)
+
+    def _key(self, phase: str, program: Program) -> Key:
+        draw = "" if "sample" in self.outside else self.controls.mode
+        return Key(phase, program.rows, draw, *self.baked)
+
+    def _miss(self, key: Key, program: Program) -> str | None:
+        """None if the graph of `key` is there now, else why not. Captures on the spot if the policy is `sync`."""
+        assert self.graphs is not None
+        if key in self.graphs:
+            self.counters.hits += 1
+            return None
+        self.counters.misses += 1
+        if key in self.graphs.failed:
+            return self.graphs.failed[key]
+        if key.phase == "prefill" and self.bucket is None:
+            return f"no bucket holds {program.rows} tokens"
+        if self.config.capture == "never":
+            return "capture policy is never"
+        if self.config.capture == "async":
+            self.pending[key] = program
+            return "no graph yet; its capture waits behind this request"
+        try:
+            self._capture(key, program)
+        except CaptureFailed as error:
+            return str(error)
+        return None
+
+    def _capture(self, key: Key, program: Program) -> None:
+        """Decode is pinned: every token needs it, and a prefill graph only the first."""
+        assert self.graphs is not None
+        if "prefill" not in self.cuts:  # planned only where something inside the forward stays outside
+            self.cuts["prefill"] = self._cut(self.plan_of("prefill")) if self.cuts["decode"] else None
+        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions]
+        self.graphs.capture(key, lambda: self._inside(key.phase, program), buffers, pin=key.phase == "decode",
+                            state=[*program.inputs, self.controls.token, self.positions], cut=self.cuts[key.phase])
+
+    def _cut(self, plan: Plan) -> Cut | None:
+        return None if self.graphs is None else cut(self.modules[self.namespace], plan)
+
+    def _fall_back(self, phase: str, program: Program, reason: str) -> tuple[str, str]:
+        self.counters.fallbacks += 1
+        if self.config.fallback == "raise":
+            raise CaptureFailed(f"the {phase} step has no graph to replay", reason,
+                                "call warm_up first, or choose fallback='jit'")
+        if self.config.fallback == "eager" and self.namespace == JIT:
+            program = self.program(phase, program.rows, PLAIN)
+        self._run(phase, program)
+        return ("jit" if program.module is self.modules.get(JIT) else "eager"), reason
+    def finish(self) -> None:
+        """Capture what the finished request missed: behind it, so that none of its tokens waited."""
+        for key, program in self.pending.items():
+            self._try_capture(key, program)
+        self.pending.clear()
+        if self.bucket is None:  # a length of its own, which may never come again
+            self.programs = {key: p for key, p in self.programs.items() if key[1] == "decode" or key[2] in self.buckets}
+            self.inputs = {key: i for key, i in self.inputs.items() if key[0] == "decode" or key[1] in self.buckets}
+
+    def capture_for(self, lengths: list[int], sampling: Sampling) -> None:
+        """Capture decode and the bucket of every length, unless they are there or cannot be captured."""
+        if self.graphs is None or self.config.capture == "never":
+            return
+        self.start(sampling)
+        rows = {b for b in (bucket_for(n, self.buckets) for n in lengths) if b is not None}
+        for program, phase in [*((self.program("prefill", r), "prefill") for r in sorted(rows, reverse=True)),
+                               (self.program("decode", 1), "decode")]:
+            key = self._key(phase, program)
+            if key not in self.graphs and key not in self.graphs.failed:
+                self._try_capture(key, program)
+
+    def _try_capture(self, key: Key, program: Program) -> None:
+        try:
+            self._capture(key, program)
+        except CaptureFailed:
+            if self.config.fallback == "raise":
+                raise
+
+    def close(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.programs.clear()
+        self.modules.clear()
+        self.pending.clear()
+
+
+def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
+    return [(p.data_ptr(), p.dtype) for p in model.parameters()]
