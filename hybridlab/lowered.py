@@ -39,11 +39,11 @@ class LoweredExecutor:
     """`graph` and `hybrid` replay what the plan puts into graphs, where a graph is there. `jit` and `hybrid` run the
     dynamic operations, attention included, as JIT kernels; `graph` runs them as plain PyTorch.
 
-    `plan_of` gives the plan of a phase. Of a step's three parts the forward is always captured, with the cut that the
-    plan makes inside it; `prepare` and `sample` are captured with it where the plan says so.
+    `plan_of` gives the plan of a phase, and of prefill by its rows. Of a step's three parts the forward is always
+    captured, with the cut that the plan makes inside it; `prepare` and `sample` with it where the plan says so.
     """
 
-    def __init__(self, model: PreTrainedModel, plan_of: Callable[[str], Plan], config: RuntimeConfig,
+    def __init__(self, model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig,
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
         self.namespace = JIT if config.arm in ("jit", "hybrid") else PLAIN
@@ -65,7 +65,9 @@ class LoweredExecutor:
         self.pending: dict[Key, Program] = {}
         decode = plan_of("decode")
         self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
-        self.cuts: dict[str, Cut | None] = {"decode": self._cut(decode)}
+        self.cutting = self.graphs is not None and cut(model, decode) is not None
+        between = [name for name in policy(config.policy).outside if name not in ("prepare", "sample")]
+        self.around = f", in pieces around {', '.join(between)}" if between else ""
         self.baked = (policy_name(policy(config.policy)), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
 
@@ -116,7 +118,7 @@ class LoweredExecutor:
             key = self._key(phase, program)
             missed = self._miss(key, program)
             if missed is None:
-                path, reason = "graph", f"replayed {phase} graph of {program.rows} rows"
+                path, reason = "graph", f"replayed {phase} graph of {program.rows} rows{self.around}"
                 with self.graphs.lease(key) as replay:
                     replay()
                 if "sample" in self.outside:
@@ -180,14 +182,16 @@ class LoweredExecutor:
     def _capture(self, key: Key, program: Program) -> None:
         """Decode is pinned: every token needs it, and a prefill graph only the first."""
         assert self.graphs is not None
-        if "prefill" not in self.cuts:  # planned only where something inside the forward stays outside
-            self.cuts["prefill"] = self._cut(self.plan_of("prefill")) if self.cuts["decode"] else None
         buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions]
         self.graphs.capture(key, lambda: self._inside(key.phase, program), buffers, pin=key.phase == "decode",
-                            state=[*program.inputs, self.controls.token, self.positions], cut=self.cuts[key.phase])
+                            state=[*program.inputs, self.controls.token, self.positions], cut=self._cut(key))
 
-    def _cut(self, plan: Plan) -> Cut | None:
-        return None if self.graphs is None else cut(self.modules[self.namespace], plan)
+    def _cut(self, key: Key) -> Cut | None:
+        """Where the program of `key` is cut: planned at its own rows, as few and many may be computed differently."""
+        if not self.cutting:
+            return None
+        plan = self.plan_of("decode") if key.phase == "decode" else self.plan_of("prefill", key.rows)
+        return cut(self.modules[self.namespace], plan)
 
     def _fall_back(self, phase: str, program: Program, reason: str) -> tuple[str, str]:
         self.counters.fallbacks += 1

@@ -37,8 +37,9 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     on a shape or value the host would have to know, and `PlanError` for a policy that names nothing of the model.
     """
     choose("phase", phase, PHASES)
-    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
-        raise PlanError(f"length is {length!r}", "a trace treats 0 and 1 as constants", "give a whole number from 2 on")
+    least = 1 if policy is not None else 2  # a symbolic trace treats 0 and 1 as constants
+    if not isinstance(length, int) or isinstance(length, bool) or length < least:
+        raise PlanError(f"length is {length!r}", "it counts tokens", f"give a whole number from {least} on")
     wanted = None if policy is None else named_policy(policy)
     model = models.skeleton(model)
     cached = _PLANS.setdefault(model, {})

@@ -106,9 +106,9 @@ class Runtime:
         """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
         return self._plan("decode")
 
-    def _plan(self, phase: str) -> Plan:
+    def _plan(self, phase: str, *length: int) -> Plan:
         arm = self.config.arm
-        return partition(self.model, None if arm == "eager" else self.config.policy, phase).for_arm(arm)
+        return partition(self.model, None if arm == "eager" else self.config.policy, phase, *length).for_arm(arm)
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int = 0,

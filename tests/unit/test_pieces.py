@@ -62,6 +62,18 @@ def test_pieces_give_what_the_function_gives(outside: set[Place], graphs: int) -
     assert counters.replays == 3 * graphs
 
 
+def test_equal_operations_of_a_module_are_told_apart() -> None:
+    """The first of two equal operations left outside in place of the second, or both."""
+    x, out, counters = torch.randn(3), torch.zeros(3), Counters()
+    cache = GraphCache(torch.device("cpu"), None, counters)
+    second = Place("", "aten.tanh.default", 1)
+    cache.capture("key", lambda: out.copy_(x.tanh().tanh()), [x, out], cut=Cut(nn.Module(), frozenset({second})))
+    with cache.lease("key") as replay:
+        replay()
+    assert torch.equal(out, x.tanh().tanh())
+    assert counters.replays == 2  # the first, then the copy; outside both would leave the copy alone
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_what_is_outside_is_launched_from_python(outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation said to be outside and recorded like the rest, or one inside a graph that Python still launches."""

@@ -47,6 +47,7 @@ def test_each_policy_launches_its_graphs_and_no_others(model: PreTrainedModel, r
         out = rt.generate(PROMPT, max_new_tokens=40, stop=[])
         assert out.ids == reference
         assert set(out.paths) == {"graph"}
+        assert all(("in pieces" in reason) == (POLICIES[policy] > 1) for reason in out.reasons)
         assert rt.counters.replays == 40 * POLICIES[policy]
         assert sum(s.path == "graph" for s in rt.plan.segments) == POLICIES[policy]
         assert rt.counters.failures == 0
