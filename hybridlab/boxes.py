@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from hybridlab import plots
+from hybridlab import looks, plots
 from hybridlab.config import policy_name
+from hybridlab.errors import choose
 from hybridlab.plan import KINDS, Op, Plan
 
 
@@ -39,9 +40,9 @@ class Box(NamedTuple):
 
 KIND_LOOKS = {"static": Look("#C9DDEC", "", "#222222"), "device-dynamic": Look("#CC79A7", "/", "#111111"),
               "host-dynamic": Look("#D55E00", "x", "#111111")}
-PATH_LOOKS = {"graph": Look(plots.COLOURS["graph"], "", "#FFFFFF"), "jit": Look(plots.COLOURS["jit"], "/", "#111111"),
-              "eager": Look(plots.COLOURS["eager"], ".", "#FFFFFF")}
-NAMES = {"scaled_dot_product": "sdpa", "grouped_mm": "grouped_mm"}  # part of a long name: what stands in a box
+PATH_LOOKS = {"graph": Look(looks.COLOURS["graph"], "", "#FFFFFF"), "jit": Look(looks.COLOURS["jit"], "/", "#111111"),
+              "eager": Look(looks.COLOURS["eager"], ".", "#FFFFFF")}
+NAMES = {"scaled_dot_product": "sdpa", "layer_norm": "norm", "rms_norm": "norm"}  # for part of a long name
 TOP, RIGHT = 115, 25  # margins, px
 SMALL = 11                       # px, letters in and above boxes
 GLYPH = 0.62                     # width of a letter in font sizes
@@ -49,8 +50,13 @@ WRAP = 70                        # letters of one line of hover text
 
 
 def draw(figure: go.Figure, boxes: Iterable[Box], looks: Mapping[str, Look], height: float) -> None:
-    """One trace for all boxes of a key, in the order of `looks`; `height` in units of y."""
+    """One trace for all boxes of a key, in the order of `looks`; `height` in units of y.
+
+    Raises `ConfigError` for a key without a look: a plan from a file may call a kind or a path anything.
+    """
     boxes = list(boxes)
+    for box in boxes:
+        choose("kind or path", box.key, looks)
     for key, look in looks.items():
         own = [box for box in boxes if box.key == key]
         if own:
@@ -70,7 +76,7 @@ def frame(title: str, caption: str, notes: Sequence[str], height: float, left: i
 
     `above` and `below` are px between title and plot, and between plot and notes; each note is a line.
     """
-    figure = plots._figure(title, caption, "")
+    figure = plots.frame(title, caption, "")
     margin = {"l": left, "r": RIGHT, "t": TOP + above, "b": below + 20 * len(notes) + 10}
     whole = height + margin["t"] + margin["b"]
     figure.update_layout(height=whole, margin=margin, barmode="overlay", font_size=12, title_y=1 - 22 / whole)
@@ -104,6 +110,11 @@ def fit(text: str, px: float, size: int = SMALL) -> str:
     if len(text) > room:
         text = text[:room - 1] + "…" if room > 3 else ""
     return plots.escape(text)
+
+
+def whole(text: str, px: float) -> str:
+    """`text`, escaped, where `px` have room for all of it, else ""."""
+    return plots.escape(text) if len(text) * SMALL * GLYPH <= px else ""
 
 
 def short(op: Op) -> str:

@@ -69,11 +69,25 @@ def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
     else:
         folder = names.directory(name) or _fetch_config(name).parent
         checkpoint.check_links(folder)
-        config = _config(folder / "config.json", checkpoint.check_config(folder / "config.json"))
+        if not (path := folder / "config.json").is_file():
+            raise ModelError("config.json is missing", f"in {folder}", "give a folder in Hugging Face layout")
+        config = _config(path, checkpoint.check_config(path))
         kind = config.dtype or torch.float32
     model = _skeleton(config, kind, name)
     model.tokenizer, model.name_or_path = None, name
     return model.eval().requires_grad_(False)
+
+
+def context(model: PreTrainedModel) -> int | None:
+    """Tokens that `model` holds; None where it sets no limit, as with ALiBi.
+
+    One that turns to other rotary angles beyond its original length ("longrope") holds that length: the keys of
+    earlier tokens would keep the angles of before, and transformers' `generate` begins anew there.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return min(limit, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else limit
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -166,16 +180,16 @@ def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> Pr
     with _quiet():
         config = _config(found.directory / "config.json", found.config)
         kind = getattr(torch, dtype or _own_dtype(found))
-        skeleton = _skeleton(config, kind, folder)
-        problems = _wrong_dtypes(skeleton, found)
-        _require_memory(skeleton, torch.device("cpu"), folder)
+        bare = _skeleton(config, kind, folder)
+        problems = _wrong_dtypes(bare, found)
+        _require_memory(bare, torch.device("cpu"), folder)
         model, problems_of_names = _read_weights(folder, kind)
         if problems := problems + problems_of_names:
             raise ModelError(f"the weights do not fit the config: {'; '.join(problems)}", f"in {folder}",
                              "the files belong to another model or are incomplete; download them again")
         model.tokenizer = _tokenizer(found, model)
     if device.type != "cpu":
-        _require_memory(skeleton, device, folder)
+        _require_memory(bare, device, folder)
     return model.to(device)
 
 

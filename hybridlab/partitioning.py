@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hybridlab import costs, models
 from hybridlab.config import Policy
 from hybridlab.config import policy as named_policy
-from hybridlab.errors import LoweringError, PlanError, choose
+from hybridlab.errors import HybridlabError, LoweringError, PlanError, choose
 from hybridlab.lowering import EAGER
 from hybridlab.plan import Op, Plan, Segment
 from hybridlab.policies import assign
@@ -60,7 +60,9 @@ _PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[bool, str, int], t
 def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
     try:
         graph = trace_stock(model, phase, length)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except HybridlabError:
+        raise
+    except Exception as error:  # whatever a family's own code makes of shapes without values
         raise LoweringError(f"a step of {type(model).__name__} could not be traced", _cause(model, error)) from error
     controls = dict(zip(graph.find_nodes(op="placeholder"), ("token id", "position"), strict=False))
     return label(graph, controls, "the KV length" if phase == "decode" else "the prompt length")
@@ -69,10 +71,12 @@ def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
 def _lowered(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
     """The lowered forward, between the operation that prepares its inputs and the one that samples."""
     try:
+        graph_module, program = trace_lowered(model, phase, length)
         if model.device.type != "meta":
             verify_lowered(model)
-        graph_module, program = trace_lowered(model, phase, length)
-    except (RuntimeError, TypeError, ValueError) as error:  # whatever a family's own code makes of our attention
+    except HybridlabError:
+        raise
+    except Exception as error:  # whatever a family's own code makes of our attention
         raise LoweringError(f"{type(model).__name__} could not be lowered", _cause(model, error), EAGER) from error
     fixed = dict(zip(map(id, program.inputs), ("token id", "position", "last row"), strict=True))
     controls = {
@@ -80,11 +84,8 @@ def _lowered(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
         for node in graph_module.graph.find_nodes(op="get_attr")
         if id(getattr(graph_module, str(node.target))) in fixed
     }
-    forward = tuple(label(graph_module.graph, controls, "a length"))
-    if not any(o.role == "attention" for o in forward):
-        raise LoweringError(f"{type(model).__name__} never called the lowered attention", model.name_or_path, EAGER)
     yield Op("prepare", *_PREPARE[phase], launches=1)
-    yield from forward
+    yield from label(graph_module.graph, controls, "a length")
     yield Op("sample", "hybridlab.sample.default", None, "", "device-dynamic",
              "draws a random number keyed by seed and position, both read from device memory", launches=1)
 
@@ -102,7 +103,8 @@ def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterato
 
     host-dynamic: a free symbol stands in a shape of its output or an input, or the host reads a value back.
     device-dynamic: it consumes a control value, one computed from ids, positions or the last row, and constants,
-    alone. Otherwise static. `controls` names the inputs that are such values, `length` what a symbol stands for.
+    alone, or chooses rows by an index that was computed. A cache that comes in at a new address is host-dynamic too.
+    Otherwise static. `controls` names the inputs that are such values, `length` what a symbol stands for.
     """
     control = dict(controls)
     data = set(graph.find_nodes(op="placeholder")) - control.keys()
@@ -116,6 +118,10 @@ def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterato
         elif sources:
             control[node] = control[sources[0]]
         kind, reason = _kind(node, [control[n] for n in sources], length)
+        if kind == "static" and any(n.op == "placeholder" and n in data for n in node.all_input_nodes):
+            kind, reason = "host-dynamic", "reads the cache at an address that is new at every step"
+        if kind == "static" and _chooses(node, data):
+            kind, reason = "device-dynamic", "chooses rows by an index in device memory"
         module = str((node.meta.get("custom") or {}).get("module", ""))
         cost = costs.of(node)
         yield Op(node.name, str(node.target), _layer(module), module, kind, reason, cost.shape, cost.flops, cost.bytes,
@@ -134,7 +140,8 @@ def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
         return "host-dynamic", f"shape holds S, {length}, because {why}"
     if sources:
         return "device-dynamic", f"reads the {' and the '.join(dict.fromkeys(sources))} from device memory"
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if (isinstance(node.target, torch._ops.OpOverload) and "scaled_dot_product" not in name  # without dropout
+            and torch.Tag.nondeterministic_seeded in node.target.tags):
         return "device-dynamic", "draws random numbers"
     return "static", "same shapes and addresses at every step"
 
@@ -143,6 +150,14 @@ _READS_BACK = {
     "transformers.grouped_mm_fallback.default":
         "the host reads back how many rows each expert gets, and loops over them",
 }
+
+
+def _chooses(node: fx.Node, data: set[fx.Node]) -> bool:
+    """Whether an operation takes or writes the rows that an integer tensor computed from data names."""
+    if not any(word in str(node.target) for word in ("index", "gather", "scatter")):
+        return False
+    values = [n.meta.get("val") for n in node.all_input_nodes if n in data]
+    return any(isinstance(v, torch.Tensor) and not v.is_floating_point() for v in values)
 
 
 def _values(args: Any) -> Any:

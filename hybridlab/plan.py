@@ -93,10 +93,11 @@ class Plan:
         found = self._find(op)
         where = f"in layer {found.layer} ({found.module})" if found.layer is not None else \
             f"in {found.module}" if found.module else "outside the model"
+        launches = "1 launch" if found.launches == 1 else f"{found.launches} launches"
         runs = next((s for s in self.segments if s.name == found.segment), None)
         return (f"{found.name} ({found.op}) {where} is {found.kind}: {found.reason}. "
                 f"At {self.length} tokens it costs {found.flops:,} FLOPs, {found.bytes:,} bytes and "
-                f"{found.launches} launches. It runs {found.path}" + (f": {runs.reason}." if runs else "."))
+                f"{launches}. It runs {found.path}" + (f": {runs.reason}." if runs else "."))
 
     def _find(self, op: str | int) -> Op:
         if isinstance(op, int):

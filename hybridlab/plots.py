@@ -13,14 +13,11 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from hybridlab import static, stats
-from hybridlab.config import ARMS
+from hybridlab import looks, static, stats
+from hybridlab.config import ARMS, POLICIES
 from hybridlab.errors import ConfigError, StatisticsError, choose
 from hybridlab.records import atomic_write
 
-COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
-SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
-DASHES = {"piecewise": "dot", "full": "dash"}  # other policies are drawn solid
 FORMATS = ("html", "svg", "png")
 WIDTH, HEIGHT = 1000, 500   # px
 LONGEST = 160               # characters of a text from outside
@@ -31,22 +28,23 @@ MEDIAN_NEEDS = stats.needed(0.5)
 
 def ttft_by_length(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Median time to first token over the prompt length, a line an arm, bars: 95 % intervals."""
-    figure = _figure("Time to first token by prompt length", caption,
+    figure = frame("Time to first token by prompt length", caption,
                      "points: medians; " + _n_note(rows, "ttft", "a point"))
     _ttft(figure, _metric(rows, "ttft"))
-    return figure
+    return looks.one_entry_an_arm(figure)
 
 
 def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Distribution of the gaps for each arm as the share that is longer, which shows the tail; p50, p99, intervals."""
     own = _metric(rows, "itl")
-    figure = _figure("Gap between two tokens, all prompt lengths pooled", caption,
+    figure = frame("Gap between two tokens, all prompt lengths pooled", caption,
                      f"markers: p50 and p99; {_n_note(rows, 'itl', 'an arm')}")
     for arm in _arms(own):
         sample = own.loc[own["arm"] == arm, "ms"].sort_values().tolist()
         ranks = _spread(len(sample), POINTS)
         figure.add_scatter(x=[sample[i] for i in ranks], y=[100 * (1 - i / len(sample)) for i in ranks], mode="lines",
-                           line={"color": _colour(arm), "width": 2, "shape": "hv", "dash": _dash(arm)}, **_legend(arm),
+                           line={"color": looks.colour(arm), "width": 2, "shape": "hv", "dash": looks.dash(arm)},
+                           **looks.legend(arm),
                            hovertemplate=f"{arm}: %{{y:.3g}} % take %{{x:.3g}} ms or longer<extra></extra>")
         for q in (0.5, 0.99):
             if len(sample) >= stats.needed(q):
@@ -55,7 +53,7 @@ def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
     _log_axis(figure.update_xaxes, "gap between two tokens (ms, logarithmic)", own["ms"].min(), own["ms"].max(),
               (1, 2, 5))
     _log_axis(figure.update_yaxes, "gaps that take this long or longer (%)", least * 0.8, 120, (1,), (50,))
-    return figure
+    return looks.one_entry_an_arm(figure)
 
 
 def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
@@ -63,14 +61,14 @@ def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
     own = _metric(rows, "itl")
     top = _top(own["ms"].quantile(0.995))
     beyond = int((own["ms"] > top).sum())
-    figure = _figure("Gap between two tokens by position in the sequence", caption,
+    figure = frame("Gap between two tokens by position in the sequence", caption,
                      f"dots: single gaps{f' ({beyond} above {top:.3g} ms are not shown)' if beyond else ''}; lines: "
                      f"medians over {TOGETHER} positions of one prompt length, bars: 95 % intervals")
     for arm in _arms(own):
         mine = own[own["arm"] == arm]
         kept = mine.iloc[_spread(len(mine), POINTS)]
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
-                           marker={"color": _colour(arm), "size": 4}, legendgroup=arm, showlegend=False,
+                           marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm),
                            hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
         bins = sorted(((float(part["position"].median()), stats.quantile(part["ms"], 0.5)) for part in groups
@@ -78,7 +76,7 @@ def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
         _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
     figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")
     figure.update_yaxes(title_text="gap between two tokens (ms)", range=[0, top])
-    return figure
+    return looks.one_entry_an_arm(figure)
 
 
 def ablation(rows: pd.DataFrame, caption: str) -> go.Figure:
@@ -87,13 +85,14 @@ def ablation(rows: pd.DataFrame, caption: str) -> go.Figure:
     note = "markers: medians; " + _n_note(rows, "ttft", "a point on the left")
     if has_itl:
         note += f"; right: {_n_note(rows, 'itl', 'an arm', intervals=False)}"
-    figure = _figure("Time to first token, and gap between the following tokens", caption, note)
-    figure.update_layout(xaxis_domain=[0, 0.56], xaxis2={"domain": [0.68, 1], "anchor": "y2", **_AXIS},
-                         yaxis2={"anchor": "x2", **_AXIS})
+    figure = frame("Time to first token, and gap between the following tokens", caption, note)
+    left = 0.56 if rows["arm"].nunique() <= len(ARMS) else 0.4
+    figure.update_layout(xaxis_domain=[0, left], xaxis2={"domain": [left + 0.12, 1], "anchor": "y2", **AXIS},
+                         yaxis2={"anchor": "x2", **AXIS})
     _ttft(figure, _metric(rows, "ttft"))
     if has_itl:
         _itl_panel(figure, _metric(rows, "itl"))
-    return figure
+    return looks.one_entry_an_arm(figure)
 
 
 def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -126,11 +125,11 @@ def escape(text: str) -> str:
     return html.escape(shown).replace("$", "&#36;")
 
 
-_AXIS: dict[str, Any] = {"showgrid": True, "gridcolor": "#E6E6E6", "showline": True, "linecolor": "#4D4D4D",
+AXIS: dict[str, Any] = {"showgrid": True, "gridcolor": "#E6E6E6", "showline": True, "linecolor": "#4D4D4D",
                          "zeroline": False, "ticks": "outside"}
 
 
-def _figure(title: str, caption: str, note: str) -> go.Figure:
+def frame(title: str, caption: str, note: str) -> go.Figure:
     """An empty figure in the house style; the caption stands under the title, the note under the plot."""
     figure = go.Figure()
     figure.update_layout(
@@ -141,7 +140,7 @@ def _figure(title: str, caption: str, note: str) -> go.Figure:
                "yanchor": "top", "font": {"size": 19},
                "subtitle": {"text": escape(caption), "font": {"size": 13, "color": "#666666"}}},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom"},
-        xaxis={"anchor": "y", "domain": [0, 1], **_AXIS}, yaxis={"anchor": "x", **_AXIS})
+        xaxis={"anchor": "y", "domain": [0, 1], **AXIS}, yaxis={"anchor": "x", **AXIS})
     figure.add_annotation(text=html.escape(note), xref="paper", yref="paper", x=0, y=-0.25, xanchor="left",
                           yanchor="top", showarrow=False, font={"size": 12, "color": "#666666"})
     return figure
@@ -166,7 +165,9 @@ def _arms(rows: pd.DataFrame) -> list[str]:
     there = [str(name) for name in rows["arm"].unique()]
     for name in there:
         choose("arm", name.partition(" ")[0], ARMS)
-    return sorted(there, key=lambda name: (ARMS.index(name.partition(" ")[0]), name))
+    order = [*ARMS, *(f"{arm} {policy}" for arm in ARMS for policy in POLICIES)]
+    return sorted(sorted(there), key=lambda name: (ARMS.index(name.partition(" ")[0]),
+                                                   order.index(name) if name in order else len(order)))
 
 
 def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
@@ -179,7 +180,8 @@ def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
             _line(figure, arm, [x for x, _ in known], [estimate for _, estimate in known], "%{x} prompt tokens")
         else:  # too few for a median with an interval: show what there is, value by value
             figure.add_scatter(x=mine["prompt_tokens"].tolist(), y=mine["ms"].tolist(), mode="markers",
-                               marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 6}, **_legend(arm))
+                               marker={"color": looks.colour(arm), "symbol": looks.symbol(arm), "size": 6},
+                               **looks.legend(arm))
         top = max([top, *(estimate.high for _, estimate in known)] if known else [top, float(mine["ms"].max())])
     figure.update_xaxes(title_text="prompt length (tokens)", selector={"anchor": "y"})
     figure.update_yaxes(title_text="time to first token (ms)", range=[0, _top(top)], selector={"anchor": "x"})
@@ -201,7 +203,8 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
              for cell in cells]
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
     figure.update_layout(
-        xaxis2={"tickvals": list(range(len(cells))), "ticktext": names, "range": [-0.6, max(len(cells), 1) - 0.4],
+        xaxis2={"tickvals": list(range(len(cells))), "ticktext": names,
+                "tickfont": {"size": 14 if len(cells) <= len(ARMS) else 11}, "range": [-0.6, max(len(cells), 1) - 0.4],
                 "title": {"text": "×: times as fast as eager, p50" if compared else ""}},
         yaxis2={"title": {"text": f"gap between tokens (ms): p50{', –: p99' if has_p99 else ''}"},
                 "range": [0, _top(max(heights, default=1))]})
@@ -209,54 +212,37 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
 
 def _dot(figure: go.Figure, place: float, three: tuple[float, float, float], arm: str, name: str, size: int) -> None:
     value, low, high = three
-    symbol = _symbol(arm) if name == "p50" else "line-ew-open"
-    figure.add_scatter(x=[place], y=[value], xaxis="x2", yaxis="y2", mode="markers", legendgroup=arm, showlegend=False,
-                       marker={"color": _colour(arm), "symbol": symbol, "size": size},
-                       error_y=_bars([value], [low], [high], _colour(arm)),
+    symbol = looks.symbol(arm) if name == "p50" else "line-ew-open"
+    figure.add_scatter(x=[place], y=[value], xaxis="x2", yaxis="y2", mode="markers", **looks.unlisted(arm),
+                       marker={"color": looks.colour(arm), "symbol": symbol, "size": size},
+                       error_y=bars([value], [low], [high], looks.colour(arm)),
                        hovertemplate=f"{arm} {name}: %{{y:.3f}} ms [{low:.3f}, {high:.3f}]<extra></extra>")
 
 
 def _line(figure: go.Figure, arm: str, x: list[Any], estimates: list[stats.Estimate], where: str) -> None:
     figure.add_scatter(
         x=x, y=[estimate.value for estimate in estimates], mode="lines+markers",
-        line={"color": _colour(arm), "width": 2, "dash": _dash(arm)},
-        marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 7}, **_legend(arm),
-        error_y=_bars([estimate.value for estimate in estimates], [estimate.low for estimate in estimates],
-                      [estimate.high for estimate in estimates], _colour(arm)),
+        line={"color": looks.colour(arm), "width": 2, "dash": looks.dash(arm)},
+        marker={"color": looks.colour(arm), "symbol": looks.symbol(arm), "size": 7}, **looks.legend(arm),
+        error_y=bars([estimate.value for estimate in estimates], [estimate.low for estimate in estimates],
+                      [estimate.high for estimate in estimates], looks.colour(arm)),
         customdata=[[estimate.low, estimate.high, estimate.n] for estimate in estimates],
         hovertemplate=f"{arm}, {where}: %{{y:.3f}} ms [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}], "
                       "n = %{customdata[2]}<extra></extra>")
 
 
 def _mark(figure: go.Figure, arm: str, estimate: stats.Estimate, q: float) -> None:
-    figure.add_scatter(x=[estimate.value], y=[100 * (1 - q)], mode="markers", legendgroup=arm, showlegend=False,
-                       marker={"color": _colour(arm), "symbol": _symbol(arm), "size": 9},
-                       error_x=_bars([estimate.value], [estimate.low], [estimate.high], _colour(arm)),
+    figure.add_scatter(x=[estimate.value], y=[100 * (1 - q)], mode="markers", **looks.unlisted(arm),
+                       marker={"color": looks.colour(arm), "symbol": looks.symbol(arm), "size": 9},
+                       error_x=bars([estimate.value], [estimate.low], [estimate.high], looks.colour(arm)),
                        hovertemplate=f"{arm} p{100 * q:g}: %{{x:.3f}} ms [{estimate.low:.3f}, {estimate.high:.3f}], "
                                      f"n = {estimate.n}<extra></extra>")
 
 
-def _bars(values: list[float], lows: list[float], highs: list[float], colour: str) -> dict[str, Any]:
+def bars(values: list[float], lows: list[float], highs: list[float], colour: str) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4,
             "array": [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
             "arrayminus": [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]}
-
-
-def _colour(arm: str) -> str:
-    return COLOURS[arm.partition(" ")[0]]
-
-
-def _symbol(arm: str) -> str:
-    return SYMBOLS[arm.partition(" ")[0]]
-
-
-def _dash(arm: str) -> str:
-    """Policies of one arm share its colour and differ in their lines."""
-    return DASHES.get(arm.partition(" ")[2], "solid")
-
-
-def _legend(arm: str) -> dict[str, Any]:
-    return {"name": arm, "legendgroup": arm, "showlegend": True}
 
 
 def _n_note(rows: pd.DataFrame, metric: str, unit: str, intervals: bool = True) -> str:

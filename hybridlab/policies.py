@@ -47,6 +47,15 @@ def assign(ops: Sequence[Op], policy: Policy) -> tuple[tuple[Op, ...], tuple[Seg
     return _segments(ops, _kept_together(ops, outside))
 
 
+def refusal(ops: Sequence[Op], policy: Policy) -> str:
+    """Why `assign` refuses the policy, or ""."""
+    try:
+        assign(ops, policy)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
 def _outside(ops: Sequence[Op], policy: Policy) -> list[str | None]:
     """For each operation the name in the policy that leaves it outside; None: a graph holds it."""
     result: list[str | None] = [None] * len(ops)

@@ -82,8 +82,7 @@ class Runtime:
         })
         self.model = _ready(models.load(model, device=device, dtype=dtype))
         self.device: torch.device = self.model.device
-        text = self.model.config.get_text_config()
-        context = getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_LEN  # ALiBi models name none
+        context = models.context(self.model) or DEFAULT_MAX_LEN
         self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
         if self.max_len > context:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")

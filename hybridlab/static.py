@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
@@ -27,19 +28,25 @@ POINT = 72 / DPI
 SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "font.family": "DejaVu Sans", "path.simplify": False}
 DASHES = {None: "-", "solid": "-", "dash": "--", "dot": ":"}
 SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ew-open": "_"}
+HATCHES = {"": "", "/": "////", "x": "xxxx", ".": "..."}
 HORIZONTAL = {None: "center", "auto": "center", "left": "left", "center": "center", "right": "right"}
 VERTICAL = {None: "center", "auto": "center", "top": "top", "middle": "center", "bottom": "bottom"}
 DRAWN = {  # what is drawn; the second set exists on screen only and is left out on purpose
     "layout": ({"title", "font", "width", "height", "margin", "paper_bgcolor", "plot_bgcolor", "legend", "annotations",
-                "xaxis", "yaxis", "xaxis2", "yaxis2", "showlegend"}, {"template", "hovermode"}),
+                "xaxis", "yaxis", "xaxis2", "yaxis2", "showlegend", "barmode"},
+               {"template", "hovermode", "updatemenus"}),
     "axis": ({"anchor", "domain", "showgrid", "gridcolor", "showline", "linecolor", "zeroline", "ticks", "title",
-              "type", "range", "tickvals", "ticktext"}, set()),
+              "type", "range", "tickvals", "ticktext", "tickfont"}, set()),
     "trace": ({"type", "x", "y", "xaxis", "yaxis", "mode", "line", "marker", "opacity", "error_x", "error_y", "name",
-               "showlegend", "legendgroup", "fill", "fillcolor"}, {"customdata", "hovertemplate", "hoverinfo"}),
+               "showlegend", "legendgroup", "fill", "fillcolor", "visible"},
+              {"customdata", "hovertemplate", "hoverinfo", "meta"}),
+    "bar": ({"type", "x", "y", "base", "width", "orientation", "marker", "name", "showlegend", "visible", "text",
+             "textposition", "textfont", "textangle", "insidetextanchor", "constraintext"},
+            {"customdata", "hovertemplate"}),
     "line": ({"color", "width", "shape", "dash"}, set()),
-    "marker": ({"color", "symbol", "size"}, set()),
+    "marker": ({"color", "symbol", "size", "pattern", "line"}, set()),
     "error": ({"type", "symmetric", "color", "thickness", "width", "array", "arrayminus"}, set()),
-    "annotation": ({"text", "x", "y", "xref", "yref", "xanchor", "yanchor", "xshift", "showarrow", "font"}, set()),
+    "annotation": ({"text", "x", "y", "xref", "yref", "xanchor", "yanchor", "xshift", "showarrow", "font"}, {"align"}),
     "legend": ({"orientation", "x", "xanchor", "y", "yanchor"}, set()),
     "title": ({"text", "x", "xref", "xanchor", "y", "yanchor", "font", "subtitle"}, set()),
 }
@@ -75,8 +82,10 @@ def _render(figure: go.Figure) -> Figure:
         if f"xaxis{number}" in layout:
             axes[f"x{number}", f"y{number}"] = _axes(canvas, layout, number)
     handles: dict[str, Any] = {}
+    _one_of("barmode", layout.get("barmode"), {None: "none", "overlay": "boxes where they are"})
     for trace in plain["data"]:
-        _trace(axes, _only("trace", trace), handles)
+        if trace.get("visible", True) is True:
+            _trace(axes, trace, handles)
     for key, drawn in axes.items():  # after the data, which would move the limits
         _limits(drawn, layout, key[0][1:])
     _texts(canvas, axes, layout)
@@ -129,8 +138,10 @@ def _axes(canvas: Figure, layout: dict[str, Any], number: str) -> Axes:
     for axis, settings, spine in ((drawn.xaxis, across, "bottom"), (drawn.yaxis, up, "left")):
         drawn.spines[spine].set_visible(bool(settings.get("showline")))
         drawn.spines[spine].set_color(settings.get("linecolor", "#000000"))
-        axis.grid(bool(settings.get("showgrid")), color=settings.get("gridcolor", "#E6E6E6"), linewidth=0.8)
-        axis.set_tick_params(labelsize=size * 0.86, colors=layout["font"]["color"], length=3.5)
+        if settings.get("showgrid"):
+            axis.grid(True, color=settings.get("gridcolor", "#E6E6E6"), linewidth=0.8)
+        ticks = settings["tickfont"]["size"] * POINT if "tickfont" in settings else size * 0.86
+        axis.set_tick_params(labelsize=ticks, colors=layout["font"]["color"], length=3.5)
         if settings.get("type", "linear") not in ("linear", "log", "-"):
             raise FigureError(f"axis type {settings['type']!r} cannot be drawn without a browser")
         label = axis.set_label_text(_plain(settings.get("title", {}).get("text", "")), fontsize=size,
@@ -165,8 +176,12 @@ def _limits(drawn: Axes, layout: dict[str, Any], number: str) -> None:
 
 
 def _trace(axes: dict[tuple[str, str], Axes], trace: dict[str, Any], handles: dict[str, Any]) -> None:
+    if trace["type"] == "bar":
+        _boxes(axes["x", "y"], _only("bar", trace), handles)
+        return
     if trace["type"] != "scatter":
-        raise FigureError(f"trace type {trace['type']!r} cannot be drawn without a browser", "", "use scatter")
+        raise FigureError(f"trace type {trace['type']!r} cannot be drawn without a browser", "", "use scatter or bar")
+    _only("trace", trace)
     drawn = axes[trace.get("xaxis", "x"), trace.get("yaxis", "y")]
     modes = set(trace.get("mode", "lines").split("+"))
     if not modes <= {"lines", "markers"}:
@@ -187,6 +202,24 @@ def _trace(axes: dict[tuple[str, str], Axes], trace: dict[str, Any], handles: di
                            elinewidth=bars["thickness"] * POINT, capsize=bars["width"] * POINT)
     if trace.get("showlegend", True):
         handles.setdefault(_plain(trace["name"]), line)
+
+
+def _boxes(drawn: Axes, trace: dict[str, Any], handles: dict[str, Any]) -> None:
+    """Bars that lie anywhere, with text inside: what `views` makes of operations."""
+    if trace.get("orientation") != "h" or "base" not in trace:
+        raise FigureError("only horizontal bars with a base can be drawn without a browser")
+    look, ink = trace["marker"], trace["textfont"]
+    bars = drawn.barh(trace["y"], trace["x"], trace["width"], trace["base"], facecolor=look["color"],
+                      edgecolor=look["line"]["color"], linewidth=look["line"]["width"] * POINT)
+    for bar, text in zip(bars, trace["text"], strict=True):
+        if look["pattern"]["shape"]:
+            drawn.add_patch(Rectangle(bar.get_xy(), bar.get_width(), bar.get_height(), fill=False, linewidth=0,
+                                      hatch=_one_of("pattern", look["pattern"]["shape"], HATCHES),
+                                      edgecolor=look["pattern"]["fgcolor"], alpha=look["pattern"]["fgopacity"]))
+        _write(drawn.text(bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2, _plain(text),
+                          ha="center", va="center", fontsize=ink["size"] * POINT, color=ink["color"]))
+    if trace.get("showlegend", True):
+        handles.setdefault(_plain(trace["name"]), bars)
 
 
 def _style(trace: dict[str, Any], modes: set[str]) -> dict[str, Any]:

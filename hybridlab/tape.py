@@ -147,7 +147,7 @@ def _instantiate(calls: list[_Call]) -> tuple[int, list[tuple[Callable[[], Any],
             if call.function.namespace == "hybridlab_jit" and not call.outside:
                 launch = kernels.bind(call.function._schema.name.split("::")[1], args)
             else:
-                launch = again(call.function, args, kwargs, [move(t) for t in fresh])
+                launch = again(call.function, args, kwargs, [move(t) for t in fresh], (call.args, call.kwargs, fresh))
             launches.append((launch, call.outside))
     return total, launches
 
@@ -198,31 +198,37 @@ def _place(births: dict[int, int], deaths: dict[int, int], sizes: dict[int, int]
     return offsets, total
 
 
-def again(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: list[Tensor]) -> Callable[[], Any]:
-    """The same call, its results written into `fresh`, the tensors that its first run made."""
+def again(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fresh: list[Tensor],
+          first: tuple[Any, Any, list[Tensor]] | None = None) -> Callable[[], Any]:
+    """The same call, its results written into `fresh`.
+
+    `first` is what the call had when it first ran, and made, if these are other tensors now: their values are valid.
+    """
     if function is torch.ops.aten._to_copy.default:
         return partial(fresh[0].copy_, args[0])
     if fresh:
         variant = _out_variant(function)
         if variant is not None:
             outs = [a.name for a in variant._schema.arguments if a.is_out]
-            return _bind(variant, args, kwargs | dict(zip(outs, fresh, strict=True)))
+            own_args, own_kwargs, made = first or (args, kwargs, fresh)
+            called = _variant(variant, own_args, own_kwargs | dict(zip(outs, made, strict=True)))
+            return partial(called, *args, **kwargs, **dict(zip(outs, fresh, strict=True)))
     launch = partial(function, *args, **kwargs) if args or kwargs else function
     return partial(_copy_out, launch, fresh) if fresh else launch
 
 
-def _bind(variant: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
-    """The call through PyTorch's own Python function where that takes these arguments, else through the operator.
+def _variant(variant: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """PyTorch's own Python function where that takes these arguments, else the operator.
 
     The function parses its arguments faster, and a small operation takes no longer than that. The trial call writes
-    what the first replay writes again.
+    the results that the first one made.
     """
     function = getattr(torch, variant._schema.name.split("::")[1], None)
     if function is not None:
         with suppress(TypeError):
             function(*args, **kwargs)
-            return partial(function, *args, **kwargs)
-    return partial(variant, *args, **kwargs)
+            return function
+    return variant
 
 
 def _copy_out(launch: Callable[[], Any], fresh: list[Tensor]) -> None:

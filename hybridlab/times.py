@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybridlab import plots, stats
+from hybridlab import looks, plots, stats
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, choose
 
@@ -53,10 +53,12 @@ def reading(table: pd.DataFrame) -> str:
     if known.empty:
         return "Nothing was measured."
     best, slowest = known.loc[known["measured_ms"].idxmin()], known.loc[known["measured_ms"].idxmax()]
+    close = known[(known["low"] <= best["high"]) & (known.index != best.name)]
+    tied = f" (not told apart from it: {'; '.join(_name(row) for _, row in close.iterrows())})" if len(close) else ""
     off = known["error"].abs()
     worst, chosen = known.loc[off.idxmax()], known.loc[known["predicted_ms"].idxmin()]
     agrees = "too" if chosen.name == best.name else f"and not {_name(best)}"
-    return (f"The shortest step was {_cell(best)}, the longest {_cell(slowest)}. Predictions were off by "
+    return (f"The shortest step was {_cell(best)}{tied}, the longest {_cell(slowest)}. Predictions were off by "
             f"{100 * off.median():.0f} % at the median and by {100 * off.max():.0f} % at the worst: "
             f"{worst['predicted_ms']:.3g} ms predicted, {worst['measured_ms']:.3g} ms measured for {_name(worst)}. "
             f"The shortest step predicted was that of {_name(chosen)} {agrees}.")
@@ -68,7 +70,8 @@ def _name(row: pd.Series) -> str:
 
 def _cell(row: pd.Series) -> str:
     interval = f" [{row['low']:.3g}, {row['high']:.3g}]" if pd.notna(row["low"]) else ""
-    return f"{_name(row)} at {row['measured_ms']:.3g} ms{interval} with {row['launches']:,} launches from the host"
+    launches = f"{row['launches']:,} launch{'es' if row['launches'] != 1 else ''}"
+    return f"{_name(row)} at {row['measured_ms']:.3g} ms{interval} and {launches} of the host"
 
 
 class Times:
@@ -116,11 +119,11 @@ class Times:
                    if self._has(name)), default=1.0)
         figure.update_layout(
             xaxis_domain=[0, share],
-            xaxis2={"domain": [share + 0.09, 1], "anchor": "y2", **plots._AXIS, "showgrid": False,
+            xaxis2={"domain": [share + 0.09, 1], "anchor": "y2", **plots.AXIS, "showgrid": False,
                     "title": {"text": "launches a step under each arm" if self._has("launches") else ""},
                     "tickvals": list(range(len(self._arms))), "range": [-0.6, len(self._arms) - 0.4],
                     "ticktext": self._names(policy)},
-            yaxis2={"anchor": "x2", **plots._AXIS, "range": [0, 1.12 * top], "title": {"text": "time of a token (ms)"}})
+            yaxis2={"anchor": "x2", **plots.AXIS, "range": [0, 1.12 * top], "title": {"text": "time of a token (ms)"}})
 
     def layout(self, policy: str) -> dict[str, Any]:
         """What a switch to this policy changes in the axes."""
@@ -142,8 +145,8 @@ class Times:
 def _measured(figure: go.Figure, place: int, row: Any) -> None:
     whole = f" [{row.low:.3g}, {row.high:.3g}]" if pd.notna(row.low) and pd.notna(row.high) else ""
     whole += f", n = {int(row.n)}" if pd.notna(row.n) else ""
-    bars = plots._bars([row.measured_ms], [row.low], [row.high], plots.COLOURS[row.arm]) if "[" in whole else None
+    bars = plots.bars([row.measured_ms], [row.low], [row.high], looks.COLOURS[row.arm]) if "[" in whole else None
     figure.add_scatter(x=[place], y=[row.measured_ms], xaxis="x2", yaxis="y2", mode="markers", showlegend=False,
-                       marker={"color": plots.COLOURS[row.arm], "symbol": plots.SYMBOLS[row.arm], "size": 10},
+                       marker={"color": looks.COLOURS[row.arm], "symbol": looks.SYMBOLS[row.arm], "size": 10},
                        **({"error_y": bars} if bars else {}),
                        hovertemplate=f"{row.arm}, measured: %{{y:.3g}} ms{whole}<extra></extra>")

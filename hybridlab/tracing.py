@@ -51,13 +51,18 @@ def trace_stock(model: PreTrainedModel, phase: str, length: int) -> fx.Graph:
     """The stock step as ATen operations, with the KV length (decode) or the prompt length (prefill) as a symbol.
 
     Sizes that hold the symbol count as `length`, in tokens. No weight is read, and no tensor takes memory.
-    Raises `ConfigError` for a length under 2, which a trace cannot tell from a size that is always 1.
+    Raises `ConfigError` for a length that a trace cannot tell from a size of the model: under 2, or where a sliding
+    window fills.
     """
     with _weightless(model, length) as (fake, symbol):
         rows = 1 if phase == "decode" else symbol
         ids, positions = (torch.empty((1, rows), dtype=torch.int64, device=fake.device) for _ in range(2))
         past = (*_past(fake, symbol, length), symbol) if phase == "decode" else (0,)
-        return _trace(fake, _StockStep(fake), ids, positions, *past).graph
+        graph = _trace(fake, _StockStep(fake), ids, positions, *past).graph
+    if symbol.node.maybe_as_int() is not None:
+        raise ConfigError(f"length is {length}", "the step compares it with a size of its own, such as a window, and "
+                          "finds it equal: no shape would seem to grow", "plan for a few tokens more or fewer")
+    return graph
 
 
 def trace_lowered(model: PreTrainedModel, phase: str, length: int) -> tuple[fx.GraphModule, Program]:

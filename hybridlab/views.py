@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,11 +20,12 @@ from hybridlab.boxes import KIND_LOOKS, PATH_LOOKS, Box, Look
 from hybridlab.errors import PlanError
 from hybridlab.plan import Op, Plan
 
+ORDER = "in execution order; a narrow box launches nothing (a view)"
 SAME = {"unchanged": Look("#F0F0F0", "", "#444444")}
 ROOM = 14.0   # boxes of one launch side by side
 VIEW = 0.42   # width of a box that launches nothing
 GAP = 0.3     # between two modules
-CHANGED, SAME_RUN = 1.25, 1.75  # widths of one operation that differs and of a run that does not
+SAME_RUN = 1.8  # width of a run of operations that stay as they are
 UNIT = 54     # px of a box of one launch
 LINE = 50     # px from one line of boxes to the next
 HIGH = 560    # px of all strips of a step, if that leaves each between 6 and 36
@@ -74,8 +75,7 @@ def layer(plan: Plan, caption: str = "", layer: int = 0) -> go.Figure:
             cursor.x += GAP
     counts = boxes.listed(Counter(op.kind for op in found))
     figure = boxes.frame(f"Layer {layer}, operation by operation", _caption(plan, caption),
-                         [f"in execution order; a narrow box launches nothing (a view); operations: {counts}"],
-                         LINE * (cursor.line + 1), left=200)
+                         [f"{ORDER}; operations: {counts}"], LINE * (cursor.line + 1), left=215)
     boxes.draw(figure, drawn, KIND_LOOKS, 0.55)
     boxes.grid(figure, lines, cursor.line)
     figure.update_xaxes(range=[-0.1, ROOM])
@@ -93,19 +93,18 @@ def before_after(before: Plan, after: Plan, caption: str = "", layer: int = 0) -
     columns = list(_aligned(_layer_ops(before, layer), _layer_ops(after, layer)))
     drawn, labels, cursor, last = [], [], _Cursor(), ""
     for column in columns:
-        x = cursor.take(CHANGED if column.word else SAME_RUN)
-        y = -3 * cursor.line
-        module = ".".join(filter(None, _inside(column.ops[0]))) if column.word else ""
+        wide = SAME_RUN if column.same else max(map(_width, column.before + column.after))
+        x = cursor.take(wide)
+        y, module = -3 * cursor.line, "" if column.same else column.module
         labels += [(x, y, boxes.fit(module, 4 * UNIT, boxes.SMALL - 1))] if module not in ("", last) else []
         last = module
         for lane, side in enumerate((column.before, column.after)):
-            if column.word:
-                drawn += [Box(op.kind, x, CHANGED, y - lane, _name(op, CHANGED), boxes.about(op)) for op in side]
+            if column.same:
+                drawn.append(Box("unchanged", x, wide, y - lane, f"{len(side)} unchanged", boxes.summary(side)))
             else:
-                drawn.append(Box("unchanged", x, SAME_RUN, y - lane, f"{len(side)} unchanged", boxes.summary(side)))
-    found = boxes.listed(Counter(column.word for column in columns if column.word)) or "none differ"
-    note = f"before: {boxes.policy(before)}; after: {boxes.policy(after)}; in execution order; operations: {found}"
-    figure = boxes.frame(f"Layer {layer} before and after lowering", _caption(after, caption), [note],
+                drawn += [Box(op.kind, x, _width(op), y - lane, _name(op), boxes.about(op)) for op in side]
+    notes = [f"before: {boxes.policy(before)}; after: {boxes.policy(after)}; {_outcome(columns)}", ORDER]
+    figure = boxes.frame(f"Layer {layer} before and after lowering", _caption(after, caption), notes,
                          LINE * (3 * cursor.line + 2), left=80)
     boxes.draw(figure, drawn, KIND_LOOKS | SAME, 0.7)
     boxes.grid(figure, {-3 * line - lane: word for line in range(cursor.line + 1)
@@ -167,32 +166,36 @@ def _switch(figure: go.Figure, owners: Sequence[str], layouts: Mapping[str, Mapp
 
 
 class _Column(NamedTuple):
-    """Operations of two plans that stand above each other; `word` says what became of one, "" for a run of equals."""
+    """Operations of two plans that stand above each other: equal ones a run, others one of each at most."""
 
-    before: Sequence[Op]
-    after: Sequence[Op]
-    word: str
+    before: list[Op]
+    after: list[Op]
+    same: bool
 
     @property
-    def ops(self) -> Sequence[Op]:
-        return self.before or self.after
+    def module(self) -> str:
+        return ".".join(filter(None, _inside((self.before or self.after)[0])))
 
 
 def _aligned(before: Sequence[Op], after: Sequence[Op]) -> Iterator[_Column]:
-    """Each operation of both once, in order: alone where it differs, in runs where it does not."""
+    """Each operation of both once, in order; one that stays but changes its kind stands above itself."""
     old_places, new_places = ([(op.module, op.op) for op in side] for side in (before, after))
     for tag, i, end, j, stop in SequenceMatcher(None, old_places, new_places, autojunk=False).get_opcodes():
-        if tag != "equal":
-            yield from (_Column([op], [], "vanish") for op in before[i:end])
-            yield from (_Column([], [op], "appear") for op in after[j:stop])
-            continue
-        pairs = list(zip(before[i:end], after[j:stop], strict=True))
-        for same, group in groupby(pairs, key=lambda two: two[0].kind == two[1].kind):
-            run = list(group)
+        pairs = zip_longest(before[i:end], after[j:stop])
+        for same, group in groupby(pairs, key=lambda two: tag == "equal" and two[0].kind == two[1].kind):
+            run = [([old] if old else [], [new] if new else []) for old, new in group]
             if same:
-                yield _Column([old for old, _ in run], [new for _, new in run], "")
+                yield _Column([old for (old,), _ in run], [new for _, (new,) in run], True)
             else:
-                yield from (_Column([old], [new], "change kind") for old, new in run)
+                yield from (_Column(old, new, False) for old, new in run)
+
+
+def _outcome(columns: Sequence[_Column]) -> str:
+    changed = [column for column in columns if not column.same]
+    kinds = sum(old.op == new.op for c in changed for old, new in zip(c.before, c.after, strict=False))
+    gone, new = (sum(map(len, side)) - kinds for side in ([c.before for c in changed], [c.after for c in changed]))
+    found = {"vanish": gone, "appear": new, "change kind": kinds}
+    return f"operations: {boxes.listed({word: count for word, count in found.items() if count}) or 'none differ'}"
 
 
 def _layer_ops(plan: Plan, layer: int) -> list[Op]:
@@ -216,8 +219,8 @@ def _width(op: Op) -> float:
     return 1.0 if op.launches else VIEW
 
 
-def _name(op: Op, width: float | None = None) -> str:
-    return boxes.fit(boxes.short(op), UNIT * (width or _width(op)))
+def _name(op: Op) -> str:
+    return boxes.fit(boxes.short(op), UNIT * _width(op))
 
 
 def _require_one_step(plans: Sequence[Plan]) -> None:
@@ -265,9 +268,9 @@ def _strips(figure: go.Figure, plan: Plan, rows: Sequence[tuple[str, list[Op]]],
             edges += [(x, -y)] if segment != before else []
             hover = [f"<b>{plots.escape(segment)}</b>, runs {path}", *boxes.wrap(reasons.get(segment, "")),
                      f"{row}: {len(part)} of its {sizes[segment]:,} operations", boxes.costs(part)]
-            title = segment if segment != before else f"↳ {segment}"
-            text = boxes.fit(title, len(part) * scale - 4) if _row_px(rows) >= boxes.SMALL + 3 else ""
-            cells.append(Box(path, x, len(part), -y, text, "<br>".join(hover)))
+            name = segment if segment != before else f"↳ {segment}"  # it goes on from the row above
+            room = len(part) * scale - 4 if _row_px(rows) >= boxes.SMALL + 3 else 0
+            cells.append(Box(path, x, len(part), -y, boxes.whole(name, room), "<br>".join(hover)))
             x, before = x + len(part), segment
         blocked += [Box(op.kind, x, 1, -y - 0.33, "", boxes.about(op)) for x, op in enumerate(ops)
                     if op.kind == "host-dynamic"]

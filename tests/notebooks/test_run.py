@@ -25,7 +25,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
 ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
-           "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS)}
+           "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS),
+           "06_partition": {"eager", "jit", *(f"{arm} {policy}" for arm in ("graph", "hybrid") for policy in (
+               "piecewise", "whole", "full", "outside attention, lm_head"))}}
 # Records rows as an experiment does, without a model: joins the run, appends one round, finishes.
 RECORD = """
 from hybridlab.config import RunConfig, build

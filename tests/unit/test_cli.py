@@ -195,11 +195,10 @@ def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     folder = Path(__file__).resolve().parents[2] / "notebooks"
     plan = reproduce.steps("tiny", 5, 10.0)
     assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
-                                                "04_hybrid", "05_ablation"]
-    configs = [notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan]
-    assert configs[-1].lengths == PAPER_LENGTHS
-    assert configs[-1].repeats == 5
-    assert configs[-1].budget_s == 10.0
+                                                "04_hybrid", "05_ablation", "06_partition"]
+    configs = {step.notebook: notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan}
+    ablation = configs["05_ablation"]
+    assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
 
 
 def test_reproduce_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -116,16 +116,18 @@ def test_views_and_reserved_memory_cost_nothing() -> None:
     """A view that counted as a kernel would overstate what launching costs."""
     found = costs_of(lambda x: (x.t().unsqueeze(0).expand(7, 5, 3)[:, 1:], x.new_empty(9), x.detach()),
                      torch.zeros(3, 5))
-    assert len(found) > 4
+    found |= costs_of(torch.nn.functional.linear, torch.zeros(1, 4, 5), torch.zeros(3, 5))
+    assert found.pop("mm").launches == 1
+    assert found.keys() >= {"t", "unsqueeze", "expand", "slice", "new_empty", "detach", "view", "_unsafe_view"}
     assert {(c.flops, c.bytes, c.launches) for c in found.values()} == {(0, 0, 0)}
 
 
 def test_a_storage_is_read_once() -> None:
     """x * x and an expanded bias read what lies in memory, not what their shapes multiply to."""
     x, bias = torch.zeros(8, 6), torch.zeros(6)
-    assert costs_of(lambda x: x * x, x)["mul"] == Cost("[s97, s98]", 48, F32 * 96, 1) or \
-        costs_of(lambda x: x * x, x)["mul"].bytes == F32 * 96
+    assert costs_of(lambda x: x * x, x, mode="fake")["mul"] == Cost("[8, 6]", 48, F32 * 96, 1)
     assert costs_of(lambda x, b: x + b.expand(8, 6), x, bias)["add"].bytes == F32 * (48 + 6 + 48)
+    assert costs_of(lambda x, b: x[:, :1].expand(8, 6) + b, x, bias, mode="fake")["add"].bytes == F32 * (8 + 6 + 48)
     assert costs_of(lambda x: x + x.view(6, 8).t(), x, mode="fake")["add"].bytes == F32 * 96
 
 

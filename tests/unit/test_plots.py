@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from matplotlib.colors import to_hex
 
-from hybridlab import plots, static, stats
+from hybridlab import looks, plots, static, stats
 from hybridlab.config import ARMS
 from hybridlab.errors import HybridlabError, StatisticsError
 
@@ -43,7 +43,7 @@ def test_each_figure_is_complete(draw):
     assert "(ms" in layout["yaxis"]["title"]["text"] + layout["xaxis"]["title"]["text"]
     assert [trace.name for trace in figure.data if trace.showlegend] == list(ARMS)
     assert {trace.name: (trace.line.color or trace.marker.color) for trace in figure.data if trace.showlegend} == {
-        arm: plots.COLOURS[arm] for arm in ARMS}
+        arm: looks.COLOURS[arm] for arm in ARMS}
     assert "95 %" in layout["annotations"][0]["text"]
 
 

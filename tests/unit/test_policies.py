@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ import hybridlab as hl
 from hybridlab.config import POLICIES, Policy, RunConfig, RuntimeConfig, as_dict, build, cells
 from hybridlab.errors import ConfigError, PlanError
 from hybridlab.plan import KINDS, Op, Plan
-from hybridlab.policies import assign, places
+from hybridlab.policies import assign, places, refusal
 
 STEP = (
     Op("prepare", "hybridlab.advance.default", None, "", "device-dynamic", "", launches=1),
@@ -65,6 +67,8 @@ def test_an_impossible_policy_is_refused(names: tuple[str, ...], message: str) -
     """A misspelt name that silently leaves nothing outside, or a policy without anything to replay."""
     with pytest.raises(PlanError, match=message):
         assign(STEP, Policy(names))
+    assert re.search(message, refusal(STEP, Policy(names)))
+    assert refusal(STEP, Policy()) == ""
 
 
 @pytest.mark.parametrize("names", [(), ("experts",)])

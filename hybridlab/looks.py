@@ -1,0 +1,45 @@
+"""How an arm, and a policy of it, look in every figure: colour, symbol, line, and one entry in the legend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
+SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
+DASHES = {"piecewise": "dot", "full": "dash"}  # other policies are drawn solid
+
+
+def colour(arm: str) -> str:
+    return COLOURS[arm.partition(" ")[0]]
+
+
+def symbol(arm: str) -> str:
+    return SYMBOLS[arm.partition(" ")[0]]
+
+
+def dash(arm: str) -> str:
+    """Policies of one arm share its colour and differ in their lines."""
+    return DASHES.get(arm.partition(" ")[2], "solid")
+
+
+def legend(arm: str) -> dict[str, Any]:
+    """An entry in the legend."""
+    name, _, policy = arm.partition(" ")
+    return {"name": name, "legendgroup": name, "showlegend": True, "meta": policy}
+
+
+def unlisted(arm: str) -> dict[str, Any]:
+    """No entry of its own: it is shown and hidden with its arm."""
+    return {"legendgroup": arm.partition(" ")[0], "showlegend": False}
+
+
+def one_entry_an_arm(figure: go.Figure) -> go.Figure:
+    """The legend names each arm once; where policies are compared, the note says how their lines differ."""
+    named = [trace for trace in figure.data if trace.showlegend]
+    for number, trace in enumerate(named):
+        trace.showlegend = trace.name not in [earlier.name for earlier in named[:number]]
+    if any(trace.meta for trace in named):
+        figure.layout.annotations[0].text += "; lines: whole solid, piecewise dotted, full dashed"
+    return figure
