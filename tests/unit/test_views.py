@@ -10,7 +10,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
-from hybridlab import static, times, views
+from hybridlab import looks, static, times, views
 from hybridlab.boxes import KIND_LOOKS, PATH_LOOKS
 from hybridlab.config import Policy, policy
 from hybridlab.errors import HybridlabError, PlanError, StatisticsError
