@@ -109,7 +109,7 @@ def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterato
     control = dict(controls)
     data = set(graph.find_nodes(op="placeholder")) - control.keys()
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is operator.getitem:
+        if node.op != "call_function":
             continue
         sources = [n for n in node.all_input_nodes if n in control]
         looks_up = "attend" in str(node.target) or "embedding" in str(node.target)
@@ -117,6 +117,8 @@ def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterato
             data.add(node)
         elif sources:
             control[node] = control[sources[0]]
+        if node.target is operator.getitem or isinstance(node.meta.get("val"), _NUMBERS):
+            continue  # a part of a result, or arithmetic of the host on sizes: no operation of the device
         kind, reason = _kind(node, [control[n] for n in sources], length)
         if kind == "static" and any(n.op == "placeholder" and n in data for n in node.all_input_nodes):
             kind, reason = "host-dynamic", "reads the cache at an address that is new at every step"
@@ -134,6 +136,10 @@ def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
         return "host-dynamic", _READS_BACK[name]
     if isinstance(node.target, torch._ops.OpOverload) and reads_back(node.target, _values(node.args)):
         return "host-dynamic", "the host reads a value back, to know it or a shape that depends on it"
+    numbers = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), _NUMBERS)]
+    if any(_has_symbol(n) for n in numbers) and not any(
+            _has_symbol(n) for n in (node, *node.all_input_nodes) if n not in numbers):
+        return "host-dynamic", f"takes a number from the host, computed from S, {length}"
     if any(_has_symbol(n) for n in (node, *node.all_input_nodes)):
         why = ("it concatenates onto the cache" if "cat" in name and length == "the KV length"
                else "it attends over that many rows" if "attention" in name else "an input has it")
@@ -146,6 +152,7 @@ def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
     return "static", "same shapes and addresses at every step"
 
 
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _READS_BACK = {
     "transformers.grouped_mm_fallback.default":
         "the host reads back how many rows each expert gets, and loops over them",

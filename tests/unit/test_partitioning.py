@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hybridlab as hl
 from hybridlab import lowering, partitioning, tracing
@@ -63,6 +63,29 @@ def test_arms_differ_in_what_executes(model: PreTrainedModel, arm: str, paths: l
     assert [segment.path for segment in plan.segments] == paths
     matrix_products = {op.path for op in plan.ops if op.op == "aten.mm.default"}
     assert matrix_products == {"eager" if arm == "jit" else "graph"}
+
+
+def test_a_full_window_comes_in_at_a_new_address() -> None:
+    """A cache that no longer grows called static: its tensor is made anew at every step, and a graph would read the
+    one it was captured with. Nor does attention without dropout draw random numbers."""
+    plan = hl.partition("random:tiny-mistral", policy=None, length=100)
+    dynamic = [o for o in plan.ops if o.kind == "host-dynamic"]
+    assert Counter(o.short for o in dynamic if "at an address that is new at every step" in o.reason) == {"cat": 4}
+    assert all("takes a number from the host" in o.reason for o in dynamic if o.short != "cat")  # of its mask
+    assert all(o.op.startswith("aten.") for o in plan.ops)
+    assert not any("random" in o.reason for o in plan.ops)
+
+
+def test_rows_chosen_by_a_computed_index_say_so() -> None:
+    """The routing of a mixture of experts called static although every token takes other rows."""
+    config = AutoConfig.for_model("mixtral", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    plan = hl.partition(AutoModelForCausalLM.from_config(config))
+    chosen = [o for o in plan.ops if o.reason == "chooses rows by an index in device memory"]
+    assert chosen
+    assert {o.kind for o in chosen} == {"device-dynamic"}
+    assert all("experts" in o.module for o in chosen)
+    assert not any(o.reason.startswith("chooses") for o in hl.partition("random:tiny-llama-3").ops)
 
 
 def test_the_model_is_not_touched(model: PreTrainedModel) -> None:
