@@ -54,6 +54,8 @@ def trace_stock(model: PreTrainedModel, phase: str, length: int) -> fx.Graph:
     Raises `ConfigError` for a length that a trace cannot tell from a size of the model: under 2, or where a sliding
     window fills.
     """
+    if length < 2:
+        raise ConfigError(f"length is {length}", "in tokens", "plan for 2 or more")
     with _weightless(model, length) as (fake, symbol):
         rows = 1 if phase == "decode" else symbol
         ids, positions = (torch.empty((1, rows), dtype=torch.int64, device=fake.device) for _ in range(2))
@@ -71,6 +73,8 @@ def trace_lowered(model: PreTrainedModel, phase: str, length: int) -> tuple[fx.G
     Prefill has `length` rows, decode attends over `length` rows of the cache. No weight is read, no memory taken.
     Raises `LoweringError` for a model with a layer that does not call the lowered attention.
     """
+    if length < 1:
+        raise ConfigError(f"length is {length}", "in tokens", "plan for 1 or more")
     with _weightless(model, length) as (fake, _):
         rows = 1 if phase == "decode" else length
         kv = StaticKV(fake.config, length, fake.device, fake.dtype)
@@ -98,12 +102,10 @@ def _weightless(model: PreTrainedModel, length: int) -> Iterator[tuple[PreTraine
     While open, tensors that are made have no memory either. A model on the meta device is taken for one on the
     device that it would be loaded to, whose operations it then shows.
     """
-    if length < 2:
-        raise ConfigError(f"length is {length}", "in tokens", "plan for 2 or more")
     device = models.resolve_device() if model.device.type == "meta" else model.device
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    symbol = mode.from_tensor(torch.empty(length, device="meta"), symbolic_context=dynamic).shape[0]
+    symbol = mode.from_tensor(torch.empty(max(2, length), device="meta"), symbolic_context=dynamic).shape[0]
 
     def shape(tensor: Tensor) -> Tensor:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

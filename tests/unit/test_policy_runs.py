@@ -133,6 +133,17 @@ def test_broken_logits_are_raised_and_not_fed_back(ahead: int) -> None:
         assert int(rt._executor.program("decode", 1).inputs.ids) == 0
 
 
+def test_a_bucket_of_one_row_is_cut_too(model: PreTrainedModel, reference: list[int]) -> None:
+    """A prompt of one token refused because a trace of one row is special."""
+    with hl.Runtime(model, arm="eager") as eager:
+        want = eager.generate([5], max_new_tokens=8, stop=[]).ids
+    for policy in ("piecewise", hl.Policy(("device-dynamic",))):
+        with runtime(model, policy=policy, buckets=[1, 32]) as rt:
+            out = rt.generate([5], max_new_tokens=8, stop=[])
+            assert (out.ids, out.bucket, set(out.paths)) == (want, 1, {"graph"})
+            assert rt.generate(PROMPT, max_new_tokens=40, stop=[]).ids == reference
+
+
 def test_sync_capture_in_a_request_does_not_touch_its_cache(model: PreTrainedModel, reference: list[int]) -> None:
     """A rehearsal inside a request that writes the keys of another token into a row that later tokens attend."""
     for policy in POLICIES:

@@ -85,8 +85,9 @@ def test_a_model_without_weights_is_traced_like_one_with(model: PreTrainedModel)
 
 @pytest.mark.parametrize("length", [1, 0, -3])
 def test_a_length_that_cannot_be_a_symbol_is_refused(model: PreTrainedModel, length: int) -> None:
-    """A length of 1 baked into the trace: everything would be labelled static."""
-    for trace in (tracing.trace_stock, tracing.trace_lowered):
+    """A length of 1 baked into the trace: everything would be labelled static. Nothing in a lowered step grows, and a
+    prompt of one row can be planned."""
+    for trace in (tracing.trace_stock, *([tracing.trace_lowered] if length < 1 else [])):
         with pytest.raises(ConfigError, match=f"length is {length}"):
             trace(model, "decode", length)
 
