@@ -46,6 +46,7 @@ class LoweredExecutor:
     def __init__(self, model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig,
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
+        decode = plan_of("decode")  # first: it says why a model cannot be lowered
         self.namespace = JIT if config.arm in ("jit", "hybrid") else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
@@ -63,7 +64,6 @@ class LoweredExecutor:
         if config.arm in ("graph", "hybrid"):
             self.graphs = GraphCache(model.device, config.cache_bytes, counters)
         self.pending: dict[Key, Program] = {}
-        decode = plan_of("decode")
         self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
         self.cutting = self.graphs is not None and cut(model, decode) is not None
         between = [name for name in policy(config.policy).outside if name not in ("prepare", "sample")]

@@ -177,7 +177,9 @@ def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     lowered = twin(model)
     lowered.set_attn_implementation(namespace)
     lowered.set_experts_implementation(experts.NAME)
-    lowered.config.pad_token_id = None  # else some families look for padding among the ids, which only the host can
+    # With a padding token some families look for it among the ids, which only the host can. Set behind the config's
+    # back, as a few of them insist on a number.
+    vars(lowered.config)["pad_token_id"] = None
     if lowered.config._attn_implementation != namespace:
         raise LoweringError(f"{name} does not use transformers' attention interface",
                             "its attention cannot be replaced by one that a graph can hold", EAGER)
