@@ -37,6 +37,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     outside: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.outside, str) or not all(isinstance(name, str) and name for name in self.outside):
+            raise ConfigError(f"outside is {self.outside!r}", "it must be a list of names",
+                              "write it like Policy(outside=['attention'])")
+        msgspec.structs.force_setattr(self, "outside", tuple(self.outside))
+
 
 POLICIES = {
     "piecewise": Policy(("prepare", "attention", "sample")),  # attention stays outside, between graphs
@@ -45,13 +51,15 @@ POLICIES = {
 }
 
 
-def policy(value: str | Policy) -> Policy:
-    """A policy from its name, from names to leave outside with commas between ("attention,lm_head"), or from itself.
+def policy(value: str | Policy | Mapping[str, Any]) -> Policy:
+    """A policy from its name, from names to leave outside with commas between ("attention,lm_head"), or from its data.
 
     Raises `ConfigError` for a name that is none.
     """
     if isinstance(value, str) and "," in value:
         return Policy(tuple(name.strip() for name in value.split(",") if name.strip()))
+    if isinstance(value, Mapping):
+        return build(Policy, value)
     return value if isinstance(value, Policy) else POLICIES[choose("policy", value, POLICIES)]
 
 

@@ -169,6 +169,9 @@ def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     the lowered attention is found by `trace_lowered`, one that uses it wrongly by `verify_lowered`.
     """
     name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        raise LoweringError(f"{name} keeps a state that is no KV cache", model.name_or_path,
+                            "hybridlab serves decoders whose only state is keys and values")
     _require_fixed_positions(model)
     others = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION
     if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,7 +44,8 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     wanted = None if policy is None else named_policy(policy)
     model = models.skeleton(model)
     cached = _PLANS.setdefault(model, {})
-    labels = (policy is None, phase, length)
+    labels = (policy is None, phase, length, model.dtype, model.device, model.config._attn_implementation,
+              getattr(model.config, "_experts_implementation", None))
     if labels not in cached:
         cached[labels] = tuple(_stock(model, phase, length) if wanted is None else _lowered(model, phase, length))
     if wanted is None:
@@ -53,7 +55,7 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     return Plan(model.name_or_path, phase, wanted, length, *assign(cached[labels], wanted))
 
 
-_PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[bool, str, int], tuple[Op, ...]]] = (
+_PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[Op, ...]]] = (
     weakref.WeakKeyDictionary())
 
 
@@ -126,7 +128,8 @@ def label(graph: fx.Graph, controls: dict[fx.Node, str], length: str) -> Iterato
             kind, reason = "device-dynamic", "chooses rows by an index in device memory"
         module = str((node.meta.get("custom") or {}).get("module", ""))
         cost = costs.of(node)
-        yield Op(node.name, str(node.target), _layer(module), module, kind, reason, cost.shape, cost.flops, cost.bytes,
+        shape = re.sub(r"\bs\d+\b", "S", cost.shape)
+        yield Op(node.name, str(node.target), _layer(module), module, kind, reason, shape, cost.flops, cost.bytes,
                  cost.launches)
 
 

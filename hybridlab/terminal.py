@@ -104,7 +104,7 @@ def plan(found: Plan, kind: str | None = None) -> None:
     out.print(f"{printable(found.model)} · {found.phase} of {found.length} tokens · {policy}: {counts}",
               highlight=False, markup=False)
     ops = found.table()
-    segments = Table("segment", "path", "operations", "launches", "why")
+    segments = Table("segment", "path", "operations", "launches, eager", "why")
     for segment in found.segments[:SHOWN]:
         own = ops[ops["segment"] == segment.name]
         segments.add_row(escape(segment.name), f"[{COLOURS[segment.path]}]{segment.path}[/]", f"{len(own):,}",
@@ -112,7 +112,7 @@ def plan(found: Plan, kind: str | None = None) -> None:
     if len(found.segments) > SHOWN:
         segments.add_row("…", "", "", "", f"{len(found.segments) - SHOWN} more")
     out.print(segments)
-    table = Table("kind", "why", "operations", "launches", "MFLOPs", "MB")
+    table = Table("kind", "why", "operations", "launches, eager", "MFLOPs", "MB")
     ops["short"] = [o.short for o in found.ops]
     for (of_kind, reason), own in ops.groupby(["kind", "reason"], sort=False):
         if kind in (None, of_kind):

@@ -173,10 +173,13 @@ def module_scopes(root: nn.Module, scope: Callable[[str], AbstractContextManager
 
 def where(root: nn.Module, error: BaseException) -> str:
     """The innermost module of `root` that raised, and its line: " in model.layers.0.mlp: for i in hit:"; else ""."""
-    names = {id(module): name for name, module in root.named_modules() if name}
+    names: dict[int, str] = {}
     found = ""
     for frame in traceback.walk_tb(error.__traceback__):
-        name = names.get(id(frame[0].f_locals.get("self")))
+        own = frame[0].f_locals.get("self")
+        if type(own) is type(root):  # a twin, most likely
+            names = {id(module): name for name, module in own.named_modules() if name}
+        name = names.get(id(own))
         if name is not None:
             found = f" in {name}: {linecache.getline(frame[0].f_code.co_filename, frame[1]).strip()}"
     return found

@@ -339,7 +339,7 @@ def test_partition_shows_reasons_segments_and_json() -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--policy", "hole"], "did you mean 'whole'"), (["--policy", "lm_haed,"], "did you mean 'lm_head'"),
     (["--phase", "decoding"], "did you mean 'decode'"), (["--kind", "statik"], "did you mean 'static'"),
-    (["--explain", "atend"], "did you mean 'attend'"), (["--length", "1"], "length"), (["random:lama"], "lama"),
+    (["--explain", "atend"], "did you mean 'attend'"), (["--length", "0"], "length is 0"), (["random:lama"], "lama"),
 ])
 def test_partition_refuses_what_it_cannot_label(arguments: list[str], message: str) -> None:
     """A traceback, or a plan of something else, for a misspelt option."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import hybridlab as hl
 from hybridlab import lowering, partitioning, tracing
-from hybridlab.errors import ConfigError, PlanError
+from hybridlab.errors import ConfigError, LoweringError, PlanError
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,34 @@ def test_rows_chosen_by_a_computed_index_say_so() -> None:
     assert {o.kind for o in chosen} == {"device-dynamic"}
     assert all("experts" in o.module for o in chosen)
     assert not any(o.reason.startswith("chooses") for o in hl.partition("random:tiny-llama-3").ops)
+
+
+def test_a_model_that_changed_is_planned_anew() -> None:
+    """The labels and costs of a model as it was before it was moved, cast, or given another attention."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+    before = hl.partition(model, policy=None)
+    model.to(torch.bfloat16)
+    half = hl.partition(model, policy=None)
+    assert sum(o.bytes for o in half.ops) < sum(o.bytes for o in before.ops)
+    model.set_attn_implementation("eager")
+    assert hl.partition(model, policy=None).counts["host-dynamic"] > half.counts["host-dynamic"]
+
+
+def test_a_refusal_names_the_module_and_its_line() -> None:
+    """A branch on a value found by reading all of a family's code: the refusal names where it is."""
+    model = hl.load("random:tiny-llama-2", device="cpu")
+    mlp = model.model.layers[1].mlp
+
+    class Branching(type(mlp)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y * 2 if y.sum() > 0 else y
+
+    mlp.__class__ = Branching
+    for policy in (None, "whole"):
+        with pytest.raises(LoweringError, match=r"in model.layers.1.mlp: return y \* 2 if y.sum\(\) > 0 else y"):
+            hl.partition(model, policy)
 
 
 def test_the_model_is_not_touched(model: PreTrainedModel) -> None:

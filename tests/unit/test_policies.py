@@ -97,6 +97,18 @@ def test_configs_take_policies_by_name_and_as_data() -> None:
         build(RunConfig, {"policy": ["full", "hole"]})
 
 
+def test_policies_are_data_however_they_are_written() -> None:
+    """The same policy from a list that cannot be hashed or compared, or a text taken for a list of letters."""
+    written = Policy(outside=["prepare", "sample"])
+    assert written == POLICIES["whole"]
+    assert hash(written) == hash(POLICIES["whole"])
+    plan = hl.partition("random:tiny-llama-3", {"outside": ["lm_head"]})
+    assert Plan.from_json(plan.to_json()) == plan
+    for wrong in ("attention", [1], [""]):
+        with pytest.raises(ConfigError, match="outside is"):
+            Policy(outside=wrong)
+
+
 def test_explain_and_diff_say_what_changed() -> None:
     """A table that must be read row by row to learn what lowering did."""
     model = hl.load("random:tiny-llama-3", device="cpu")
