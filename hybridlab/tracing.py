@@ -177,7 +177,7 @@ def where(root: nn.Module, error: BaseException) -> str:
     found = ""
     for frame in traceback.walk_tb(error.__traceback__):
         own = frame[0].f_locals.get("self")
-        if type(own) is type(root):  # a twin, most likely
+        if isinstance(own, type(root)):  # a twin, most likely
             names = {id(module): name for name, module in own.named_modules() if name}
         name = names.get(id(own))
         if name is not None:

@@ -163,3 +163,16 @@ def test_bad_policies_are_refused(model: PreTrainedModel, settings: dict[str, An
     """A policy found impossible in the middle of a request."""
     with pytest.raises(error, match=message):
         runtime(model, **settings)
+
+
+@pytest.mark.parametrize(("policy", "drawn"), [("whole", False), ("piecewise", False), ("full", True)])
+def test_a_graph_samples_only_where_its_policy_says_so(model: PreTrainedModel, policy: str, drawn: bool) -> None:
+    """Tokens drawn twice, inside the graph and again outside: the same token, and launches that nobody counts."""
+    with runtime(model, policy=policy) as rt:
+        rt.generate(PROMPT, max_new_tokens=3, stop=[])
+        executor = rt._executor
+        key = next(key for key in executor.graphs._graphs if key.phase == "decode")
+        executor.controls.token.fill_(7)
+        with executor.graphs.lease(key) as replay:
+            replay()
+        assert (int(executor.controls.token) != 7) == drawn
