@@ -49,15 +49,15 @@ GLYPH = 0.62                     # width of a letter in font sizes
 WRAP = 70                        # letters of one line of hover text
 
 
-def draw(figure: go.Figure, boxes: Iterable[Box], looks: Mapping[str, Look], height: float) -> None:
-    """One trace for all boxes of a key, in the order of `looks`; `height` in units of y.
+def draw(figure: go.Figure, boxes: Iterable[Box], styles: Mapping[str, Look], height: float) -> None:
+    """One trace for all boxes of a key, in the order of `styles`; `height` in units of y.
 
     Raises `ConfigError` for a key without a look: a plan from a file may call a kind or a path anything.
     """
     boxes = list(boxes)
     for box in boxes:
-        choose("kind or path", box.key, looks)
-    for key, look in looks.items():
+        choose("kind or path", box.key, styles)
+    for key, look in styles.items():
         own = [box for box in boxes if box.key == key]
         if own:
             figure.add_bar(

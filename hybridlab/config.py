@@ -116,7 +116,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     threads: Positive = 1                               # CPU threads of PyTorch; 1 is steadiest at batch 1
 
 
-REPLAYING = ("graph", "hybrid")  # the arms that a policy makes a difference to
+REPLAYING = ("graph", "hybrid")  # the arms that replay graphs, so that a policy makes a difference to them
+COMPILING = ("jit", "hybrid")    # the arms whose dynamic operations are JIT kernels
 
 
 def cells(config: RunConfig) -> dict[str, tuple[Arm, Policy]]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hybridlab import kernels, ops
 from hybridlab.buckets import bucket_for
-from hybridlab.config import RuntimeConfig, Sampling, policy, policy_name
+from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy_name
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.executors import Launched
@@ -47,7 +47,7 @@ class LoweredExecutor:
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
         decode = plan_of("decode")  # first: it says why a model cannot be lowered
-        self.namespace = JIT if config.arm in ("jit", "hybrid") else PLAIN
+        self.namespace = JIT if config.arm in COMPILING else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
         self.controls = Controls(model.device, self.namespace)
@@ -61,14 +61,15 @@ class LoweredExecutor:
         self.programs: dict[tuple[str, str, int], Program] = {}
         self.positions = self.program("decode", 1).inputs.positions
         self.graphs: GraphCache | None = None
-        if config.arm in ("graph", "hybrid"):
+        if config.arm in REPLAYING:
             self.graphs = GraphCache(model.device, config.cache_bytes, counters)
         self.pending: dict[Key, Program] = {}
         self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
         self.cutting = self.graphs is not None and cut(model, decode) is not None
-        between = [name for name in policy(config.policy).outside if name not in ("prepare", "sample")]
+        assert decode.policy is not None
+        between = [name for name in decode.policy.outside if name not in ("prepare", "sample")]
         self.around = f", in pieces around {', '.join(between)}" if between else ""
-        self.baked = (policy_name(policy(config.policy)), str(model.dtype), str(model.device))  # of every key
+        self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
 
     def program(self, phase: str, rows: int, namespace: str | None = None) -> Program:

@@ -6,6 +6,7 @@ import operator
 import re
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +45,13 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     wanted = None if policy is None else named_policy(policy)
     model = models.skeleton(model)
     cached = _PLANS.setdefault(model, {})
-    labels = (policy is None, phase, length, model.dtype, model.device, model.config._attn_implementation,
-              getattr(model.config, "_experts_implementation", None))
+    state = (model.dtype, model.device, model.config._attn_implementation,
+             getattr(model.config, "_experts_implementation", None))
+    labels = (wanted is None, phase, length, state)
     if labels not in cached:
-        cached[labels] = tuple(_stock(model, phase, length) if wanted is None else _lowered(model, phase, length))
+        verified = model.device.type == "meta" or any(not stock and at == state for stock, _, _, at in cached)
+        cached[labels] = tuple(_stock(model, phase, length) if wanted is None else
+                               _lowered(model, phase, length, verified))
     if wanted is None:
         return Plan(model.name_or_path, phase, None, length,
                     tuple(replace(o, segment="step") for o in cached[labels]),
@@ -60,26 +64,18 @@ _PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[O
 
 
 def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
-    try:
+    with _refusing(model, f"a step of {type(model).__name__} could not be traced", ""):
         graph = trace_stock(model, phase, length)
-    except HybridlabError:
-        raise
-    except Exception as error:  # whatever a family's own code makes of shapes without values
-        raise LoweringError(f"a step of {type(model).__name__} could not be traced", _cause(model, error)) from error
     controls = dict(zip(graph.find_nodes(op="placeholder"), ("token id", "position"), strict=False))
     return label(graph, controls, "the KV length" if phase == "decode" else "the prompt length")
 
 
-def _lowered(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
+def _lowered(model: PreTrainedModel, phase: str, length: int, verified: bool) -> Iterator[Op]:
     """The lowered forward, between the operation that prepares its inputs and the one that samples."""
-    try:
+    with _refusing(model, f"{type(model).__name__} could not be lowered", EAGER):
         graph_module, program = trace_lowered(model, phase, length)
-        if model.device.type != "meta":
+        if not verified:
             verify_lowered(model)
-    except HybridlabError:
-        raise
-    except Exception as error:  # whatever a family's own code makes of our attention
-        raise LoweringError(f"{type(model).__name__} could not be lowered", _cause(model, error), EAGER) from error
     fixed = dict(zip(map(id, program.inputs), ("token id", "position", "last row"), strict=True))
     controls = {
         node: fixed[id(getattr(graph_module, str(node.target)))]
@@ -139,11 +135,10 @@ def _kind(node: fx.Node, sources: list[str], length: str) -> tuple[str, str]:
         return "host-dynamic", _READS_BACK[name]
     if isinstance(node.target, torch._ops.OpOverload) and reads_back(node.target, _values(node.args)):
         return "host-dynamic", "the host reads a value back, to know it or a shape that depends on it"
-    numbers = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), _NUMBERS)]
-    if any(_has_symbol(n) for n in numbers) and not any(
-            _has_symbol(n) for n in (node, *node.all_input_nodes) if n not in numbers):
+    grows = [n for n in (node, *node.all_input_nodes) if _has_symbol(n)]
+    if grows and all(isinstance(n.meta["val"], _NUMBERS) for n in grows):
         return "host-dynamic", f"takes a number from the host, computed from S, {length}"
-    if any(_has_symbol(n) for n in (node, *node.all_input_nodes)):
+    if grows:
         why = ("it concatenates onto the cache" if "cat" in name and length == "the KV length"
                else "it attends over that many rows" if "attention" in name else "an input has it")
         return "host-dynamic", f"shape holds S, {length}, because {why}"
@@ -180,8 +175,16 @@ def _has_symbol(node: fx.Node) -> bool:
     return any(free_symbols(part) for part in parts if part is not None)
 
 
-def _cause(model: PreTrainedModel, error: Exception) -> str:
-    return f"{type(error).__name__}{where(model, error)}: {str(error).strip().partition(chr(10))[0]}"
+@contextmanager
+def _refusing(model: PreTrainedModel, fact: str, remedy: str) -> Iterator[None]:
+    """Whatever a family's own code makes of shapes without values, or of our attention, as a `LoweringError`."""
+    try:
+        yield
+    except HybridlabError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}{where(model, error)}: {str(error).strip().partition(chr(10))[0]}"
+        raise LoweringError(fact, cause, remedy) from error
 
 
 def _layer(module: str) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import nn
 
 from hybridlab.errors import CaptureFailed
 from hybridlab.plan import Plan
-from hybridlab.policies import Place, places
+from hybridlab.policies import Place, Places, places
 from hybridlab.tracing import module_scopes
 
 LeaveOutside = Callable[[Any], bool]  # asked of every operation (an OpOverload), in the order in which they run
@@ -31,8 +30,7 @@ class Cut:
 
         Raises `CaptureFailed` at the end if one of them never ran: the program is then not the one that was planned.
         """
-        missing = set(self.outside)
-        seen: Counter[tuple[str, str]] = Counter()
+        missing, seen = set(self.outside), Places()
         inside_of = [""]
 
         @contextmanager
@@ -42,11 +40,9 @@ class Cut:
             inside_of.pop()
 
         def leave_outside(function: Any) -> bool:
-            place = inside_of[-1], str(function).replace("hybridlab_jit.", "hybridlab.")
-            found = Place(*place, seen[place])
-            seen[place] += 1
-            missing.discard(found)
-            return found in self.outside
+            place = seen.next(inside_of[-1], str(function).replace("hybridlab_jit.", "hybridlab."))
+            missing.discard(place)
+            return place in self.outside
 
         with module_scopes(self.root, scope):
             yield leave_outside

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import msgspec
 import pandas as pd
 
-from hybridlab.config import Policy
+from hybridlab.config import COMPILING, REPLAYING, Policy
 from hybridlab.errors import PlanError, nearest
 
 KINDS = ("static", "device-dynamic", "host-dynamic")
@@ -130,7 +130,7 @@ class Plan:
 
     def for_arm(self, arm: str) -> Plan:
         """The same operations as `arm` runs them: replay and JIT become eager where the arm leaves them out."""
-        replays, jits = arm in ("graph", "hybrid"), arm in ("jit", "hybrid")
+        replays, jits = arm in REPLAYING, arm in COMPILING
 
         def path(planned: str, dynamic: bool) -> str:
             if planned == "graph" and replays:

@@ -21,12 +21,22 @@ class Place(NamedTuple):
     nth: int
 
 
+class Places:
+    """Gives each operation its place: to be asked for every one, in the order in which they run."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def next(self, module: str, op: str) -> Place:
+        place = Place(module, op, self._seen[module, op])
+        self._seen[module, op] += 1
+        return place
+
+
 def places(ops: Sequence[Op]) -> Iterator[Place]:
     """The place of each operation, in order."""
-    seen: Counter[tuple[str, str]] = Counter()
-    for op in ops:
-        yield Place(op.module, op.op, seen[op.module, op.op])
-        seen[op.module, op.op] += 1
+    seen = Places()
+    return (seen.next(op.module, op.op) for op in ops)
 
 
 def assign(ops: Sequence[Op], policy: Policy) -> tuple[tuple[Op, ...], tuple[Segment, ...]]:

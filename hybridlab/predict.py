@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from hybridlab import costs
-from hybridlab.config import ARMS, POLICIES, Policy, policy_name
+from hybridlab.config import ARMS, COMPILING, POLICIES, REPLAYING, Policy, policy_name
 from hybridlab.errors import PlanError, choose
 from hybridlab.machine import Machine
 from hybridlab.partitioning import LENGTH, partition
@@ -100,18 +100,13 @@ def table(model: Any, machine: Machine, arms: Iterable[str] = ARMS, policies: It
     """
     policies, rows = tuple(policies), []
     for arm in arms:
-        replays = arm in ("graph", "hybrid")
+        replays = arm in REPLAYING
         for wanted in policies if replays else [None] if arm == "eager" else ["whole"]:
             found = predict(partition(model, wanted, phase, length), machine, arm)
             rows.append({"arm": arm, "policy": found.policy if replays else "", "launches": found.launches,
                          "predicted_ms": found.step_ms, "host_ms": found.host_ms, "device_ms": found.device_ms,
                          "floor_ms": found.floor_ms})
     return pd.DataFrame(rows)
-
-
-def error(predicted_ms: float, measured_ms: float) -> float:
-    """How far a prediction is off, relative to what was measured: 0.1 where it is ten per cent too long."""
-    return predicted_ms / measured_ms - 1
 
 
 class _Costing:
@@ -121,7 +116,7 @@ class _Costing:
         self.plan, self.machine, self.arm = plan, machine, arm
         self.bytes, self.flops = sum(o.bytes for o in plan.ops), sum(o.flops for o in plan.ops)
         self.gemv_gbs, self.costs = machine.gemv_gbs(self.bytes), machine.launching(self.bytes)
-        self.jits = arm in ("jit", "hybrid")
+        self.jits = arm in COMPILING
         which = "jit" if self.jits else "plain"
         self.attend_gbs, self.row_us = (getattr(self.costs, f"{which}_{name}") for name in ("attend_gbs", "row_us"))
 

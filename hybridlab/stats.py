@@ -86,6 +86,11 @@ def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: in
     return Estimate(float(_median_ratio(values, bases)), float(interval.low), float(interval.high), len(values))
 
 
+def error(predicted: Any, measured: Any) -> Any:
+    """How far a prediction is off, relative to what was measured: 0.1 where it is ten per cent too long."""
+    return predicted / measured - 1
+
+
 def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | None = "eager") -> pd.DataFrame:
     """One line for each arm, metric and prompt length, and one for all lengths pooled (prompt_tokens "all").
 

@@ -141,13 +141,13 @@ def _instantiate(calls: list[_Call]) -> tuple[int, list[tuple[Callable[[], Any],
 
     launches = []
     for index, call in enumerate(calls):
-        fresh = [t for t in call.outputs if births.get(_storage(t)) == index]
-        if fresh or call.mutates:
+        made = [t for t in call.outputs if births.get(_storage(t)) == index]
+        if made or call.mutates:
             args, kwargs = tree_map_only(Tensor, move, (call.args, call.kwargs))
             if call.function.namespace == "hybridlab_jit" and not call.outside:
                 launch = kernels.bind(call.function._schema.name.split("::")[1], args)
             else:
-                launch = again(call.function, args, kwargs, [move(t) for t in fresh], (call.args, call.kwargs, fresh))
+                launch = again(call.function, args, kwargs, [move(t) for t in made], (call.args, call.kwargs, made))
             launches.append((launch, call.outside))
     return total, launches
 

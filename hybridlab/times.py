@@ -36,7 +36,7 @@ def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         found.append({"arm": row.arm, "policy": row.policy or None, "launches": row.launches,
                       "predicted_ms": row.predicted_ms, **_median(own["ms"].tolist())})
     table = pd.DataFrame(found).reindex(columns=COLUMNS)
-    table["error"] = table["predicted_ms"] / table["measured_ms"] - 1
+    table["error"] = stats.error(table["predicted_ms"], table["measured_ms"])
     return table
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import bench, costs, machine, ops, predict
+from hybridlab import bench, costs, machine, ops, predict, stats
 from hybridlab.bench import Launching, Reading
 from hybridlab.config import POLICIES, Policy
 from hybridlab.errors import ConfigError, PlanError
@@ -117,8 +117,8 @@ def test_a_plan_that_the_arm_does_not_run_is_refused(plan: Plan, arm: str) -> No
 
 def test_the_error_is_relative_to_what_was_measured() -> None:
     """A sign or a base that is the other way round."""
-    assert predict.error(3.0, 2.0) == 0.5
-    assert predict.error(1.0, 2.0) == -0.5
+    assert stats.error(3.0, 2.0) == 0.5
+    assert stats.error(1.0, 2.0) == -0.5
 
 
 positive, cost = st.floats(1e-3, 1e6), st.floats(0, 1e5)
