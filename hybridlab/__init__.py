@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "models", "partition": "partitioning", "Plan": "plan", "Runtime": "runtime", "Output": "runtime",
-    "Token": "runtime", "Policy": "config", "RunConfig": "config", "RuntimeConfig": "config", "run": "experiment",
-    "Result": "experiment", "HybridlabError": "errors",
+    "Token": "runtime", "Policy": "config", "RunConfig": "config", "RuntimeConfig": "config",
+    "CacheConfig": "config", "run": "experiment", "Result": "experiment", "HybridlabError": "errors",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from hybridlab import costs, kernels, ops
+from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
-from hybridlab.graphs import GraphCache
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.readback import Readback
 from hybridlab.tracing import trace_lowered, trace_stock
@@ -64,6 +64,7 @@ _SIZES = {  # side of a matrix; working sets in MiB
     "cpu": (1024, (1, 4, 16, 64, 128, 256)),
     "cuda": (4096, (32, 128, 512, 2048)),
 }
+_BEYOND_CACHES = {"cpu": 256, "cuda": 512}  # MiB, for one quick reading: no core's share of a cache holds them
 
 
 class Bench:
@@ -73,13 +74,14 @@ class Bench:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.cuda = device, dtype, device.type == "cuda"
 
-    def seconds(self, *functions: Callable[[], Any], calls: int = 1, wait: bool = True) -> list[float]:
+    def seconds(self, *functions: Callable[[], Any], calls: int = 1, wait: bool = True,
+                turns: int = _TURNS) -> list[float]:
         """Seconds of one call of each function, `calls` in a row; with `wait` until the device has done them.
 
         The functions take turns, so that a machine that changes its pace changes it for all.
         """
         taken: list[list[float]] = [[] for _ in functions]
-        for _ in range(_TURNS):
+        for _ in range(turns):
             for function, times in zip(functions, taken, strict=True):
                 self._synchronize()
                 start = time.perf_counter()
@@ -103,6 +105,13 @@ class Bench:
         return tuple(self._reading(size * 2**20) for size in _SIZES[self.device.type][1])
 
     def _reading(self, size: int) -> Reading:
+        matrices, gemv = self._products(size)
+        with self._captured(gemv) as replay:  # launched from Python, small products would show the host's pace
+            read, multiplied = self.seconds(matrices.sum, replay, calls=max(1, 8 // len(matrices)))
+        return Reading(matrices.nbytes, matrices.nbytes / read / 1e9, matrices.nbytes / multiplied / 1e9)
+
+    def _products(self, size: int) -> tuple[Tensor, Callable[[], None]]:
+        """Matrices of `size` bytes in all, and what multiplies one row by each of them."""
         side = min(_SIZES[self.device.type][0], math.isqrt(size // self.dtype.itemsize))
         count = size // (side * side * self.dtype.itemsize)
         matrices, row, out = self.ones(count, side, side), self.ones(1, side), self.ones(1, side)
@@ -111,9 +120,20 @@ class Bench:
             for matrix in matrices:
                 torch.mm(row, matrix.t(), out=out)
 
-        with self._captured(gemv) as replay:  # launched from Python, small products would show the host's pace
-            read, multiplied = self.seconds(matrices.sum, replay, calls=max(1, 8 // count))
-        return Reading(matrices.nbytes, matrices.nbytes / read / 1e9, matrices.nbytes / multiplied / 1e9)
+        return matrices, gemv
+
+    def ridge(self) -> float:
+        """Rows at which a layer's arithmetic takes as long as reading its weights; in a fraction of a second.
+
+        Its matrices are more than caches hold and are multiplied one after the other, so that each is read anew, by
+        launches from a graph, which do not wait for the host.
+        """
+        matrices, gemv = self._products(_BEYOND_CACHES[self.device.type] * 2**20)
+        many = self.ones(_SIZES[self.device.type][0] // 2, matrices.shape[1])
+        with self._captured(gemv) as replay:
+            read, multiplied = self.seconds(replay, lambda: torch.mm(many, matrices[0].t()), turns=4)
+        bytes_a_second, flops_a_second = matrices.nbytes / read, 2 * len(many) * matrices[0].numel() / multiplied
+        return flops_a_second * self.dtype.itemsize / (2 * bytes_a_second)
 
     def matmul_tflops(self) -> float:
         """Of one large square product."""
@@ -198,8 +218,8 @@ class Bench:
         def cut() -> AbstractContextManager[Callable[[Any], bool]]:
             return nullcontext(lambda called: called._schema.name.endswith(f"::{outside}"))
 
-        cache = GraphCache(self.device, None, Counters())
-        cache.capture("bench", function, [], cut=cut if outside else None)
+        cache = GraphCache(self.device, Counters())
+        cache.capture(Job("bench", function, [], cut=cut if outside else None))
         with cache.lease("bench") as replay:
             yield replay
         cache.clear()

@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from hybridlab.errors import ConfigError
 
-# Doubling while launches cost more than rows, then steps that keep padding under a quarter.
-LADDER = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+RIDGE = 64                # rows, for a machine that was not measured
+LEAST, MOST = 16, 256     # rows of the first bucket
+STEPS = 4                 # buckets in each doubling above it
+AHEAD = range(1, 51)      # exact lengths that the paper captures before it serves
 
 
-def ladder(buckets: Sequence[int] | None, max_len: int) -> tuple[int, ...]:
-    """The buckets of a runtime, ascending, none above `max_len`. None asks for the default ladder."""
+def ladder(buckets: Sequence[int] | Literal["exact"] | None, max_len: int,
+           ridge: float | None = None) -> tuple[int, ...]:
+    """The buckets of a runtime in rows, ascending, none above `max_len`.
+
+    Given lengths are taken as they are, and "exact" asks for every length by itself. None asks for a ladder from the
+    roofline: up to `ridge` rows (see `hybridlab.machine.ridge`) a step takes as long as reading its weights, so that
+    padding costs nothing and one bucket serves; above it time grows with the rows, and in steps of a quarter of each
+    octave at most a fifth of them is padding. The last bucket is `max_len`.
+
+    A measured ridge is noisy and a ladder should be the same each time, so it is rounded down to a power of two,
+    within 16 to 256. Down, as padding beyond the ridge is not free; and GPUs of the last years have theirs, in half
+    precision, between 150 and 230 rows, far from where that rounding changes. None stands for a ridge of 64.
+
+    Raises `ConfigError` for lengths that are not ascending, or above `max_len`.
+    """
+    if buckets == "exact":
+        return tuple(range(1, max_len + 1))
     if buckets is None:
-        beyond = range(LADDER[-1] + 256, max_len + 1, 256)
-        return (*(b for b in (*LADDER, *beyond) if b < max_len), max_len)
+        return (*_rungs(_rounded(RIDGE if ridge is None else ridge), max_len), max_len)
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] > max_len:
         raise ConfigError(f"buckets are {list(buckets)}", f"max_len is {max_len}",
                           "give ascending prompt lengths without repeats, none above max_len")
     return tuple(buckets)
 
 
+def _rounded(ridge: float) -> int:
+    return 1 << int(math.log2(min(max(ridge, LEAST), MOST)))
+
+
+def _rungs(first: int, end: int) -> Iterator[int]:
+    """From `first` on, a power of two, each doubling in four equal steps; all below `end`."""
+    octave = first
+    while octave < end:
+        yield from range(octave, min(2 * octave, end), octave // STEPS)
+        octave *= 2
+
+
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
-    """The smallest bucket that holds `length` tokens, or None."""
-    return next((b for b in buckets if b >= length), None)
+    """The smallest bucket that holds `length` tokens, or None. `buckets` ascend."""
+    at = bisect_left(buckets, length)
+    return buckets[at] if at < len(buckets) else None
+
+
+def captured_ahead(buckets: Sequence[int], exact: bool) -> tuple[int, ...]:
+    """What is captured before serving: every bucket; of exact lengths, which are too many, the paper's 1 to 50."""
+    return tuple(b for b in buckets if not exact or b in AHEAD)

@@ -1,23 +1,19 @@
-"""The command line: `hybridlab env | partition | generate | run | reproduce | check`."""
+"""The command line: `hybridlab env | partition | generate | run | cache | reproduce | check`."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from typer.core import TyperCommand
 
 from hybridlab import terminal
-from hybridlab.config import ARMS, POLICIES, RuntimeConfig, Sampling, build
-from hybridlab.errors import ConfigError, PromptError, choose
+from hybridlab.config import ARMS, POLICIES, CacheConfig, RuntimeConfig, Sampling, build
+from hybridlab.errors import ConfigError, choose
 from hybridlab.plan import KINDS
-from hybridlab.terminal import err, errors
+from hybridlab.terminal import err, errors, examples, option
 
 EXIT_CODES = """**Exit codes:** 0 done; 1 the work failed; 2 the input was refused before any work; 130 interrupted.
 
@@ -27,19 +23,12 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exce
                   add_completion=False, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def _option(text: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=text, **settings)
-
-
-def _examples(*lines: str) -> str:
-    return "**Examples**\n\n" + "\n".join(f"* `{line}`" for line in lines)
-
-
+CACHE = CacheConfig()
 POLICY = f"How much graphs hold: {', '.join(POLICIES)}, or what stays outside, as in attention,lm_head."
-Model = Annotated[str, _option("tiny (ships with hybridlab), a local directory, a Hub id, or random:llama-2-7b: "
+Model = Annotated[str, option("tiny (ships with hybridlab), a local directory, a Hub id, or random:llama-2-7b: "
                                "exact shapes with seeded random weights.", "--model", "-m")]
-Runs = Annotated[Path | None, _option("Where run directories go; default data/runs/local.", "--runs")]
-Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug")]
+Runs = Annotated[Path | None, option("Where run directories go; default data/runs/local.", "--runs")]
+Debug = Annotated[bool, option("Show the traceback of an error.", "--debug")]
 
 
 @app.callback()
@@ -52,8 +41,8 @@ def main() -> None:
     """
 
 
-@app.command(epilog=_examples("hybridlab env", "hybridlab env --json > machine.json"))
-def env(as_json: Annotated[bool, _option("Print one JSON object instead of a table.", "--json")] = False) -> None:
+@app.command(epilog=examples("hybridlab env", "hybridlab env --json > machine.json"))
+def env(as_json: Annotated[bool, option("Print one JSON object instead of a table.", "--json")] = False) -> None:
     """Report machine, GPU and libraries, and what does not work here and why."""
     from hybridlab import environment
 
@@ -64,17 +53,17 @@ def env(as_json: Annotated[bool, _option("Print one JSON object instead of a tab
         terminal.machine(found, environment.missing(found))
 
 
-@app.command(epilog=_examples(
+@app.command(epilog=examples(
     "hybridlab partition --policy none --kind host-dynamic", "hybridlab partition --policy lm_head, --explain attend",
     "hybridlab partition random:llama-2-7b --policy piecewise --phase prefill --length 100"))
 def partition(
     model: Annotated[str, typer.Argument(help="As --model of generate; only its config is read.")] = "tiny",
-    policy: Annotated[str, _option(f"{POLICY} none labels the stock step.")] = "whole",
-    phase: Annotated[str, _option("decode (one token) or prefill (a prompt).")] = "decode",
-    length: Annotated[int, _option("Tokens of context, or of the prompt, that costs are counted for.")] = 512,
-    kind: Annotated[str | None, _option("Show only static, device-dynamic or host-dynamic operations.")] = None,
-    explain: Annotated[str | None, _option("Say why the operation of this name is where it is.")] = None,
-    as_json: Annotated[bool, _option("Print the whole plan as JSON.", "--json")] = False,
+    policy: Annotated[str, option(f"{POLICY} none labels the stock step.")] = "whole",
+    phase: Annotated[str, option("decode (one token) or prefill (a prompt).")] = "decode",
+    length: Annotated[int, option("Tokens of context, or of the prompt, that costs are counted for.")] = 512,
+    kind: Annotated[str | None, option("Show only static, device-dynamic or host-dynamic operations.")] = None,
+    explain: Annotated[str | None, option("Say why the operation of this name is where it is.")] = None,
+    as_json: Annotated[bool, option("Print the whole plan as JSON.", "--json")] = False,
     debug: Debug = False,
 ) -> None:
     """Label every operation of one step of MODEL: what graphs hold, and why."""
@@ -93,31 +82,31 @@ def partition(
             terminal.plan(plan, kind)
 
 
-@app.command(epilog=_examples(
+@app.command(epilog=examples(
     "hybridlab generate 'The for statement'", "hybridlab generate 'The for statement' --arm eager --show-paths",
     "hybridlab generate 'A list' --temperature 0.8 --top-k 40 --seed 7 > text.txt",
     "hybridlab generate --ids '1 17 23' --model random:tiny-mistral-7b"))
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
-    ids: Annotated[str | None, _option("Token ids instead of text, for a model without a tokenizer.")] = None,
-    arm: Annotated[str, _option(f"How steps execute: {', '.join(ARMS)}.")] = "hybrid",
-    policy: Annotated[str, _option(POLICY)] = "whole",
+    ids: Annotated[str | None, option("Token ids instead of text, for a model without a tokenizer.")] = None,
+    arm: Annotated[str, option(f"How steps execute: {', '.join(ARMS)}.")] = "hybrid",
+    policy: Annotated[str, option(POLICY)] = "whole",
     model: Model = "tiny",
-    max_new_tokens: Annotated[int, _option("Stop after this many tokens.", "--max-new-tokens", "-n")] = 64,
-    temperature: Annotated[float, _option("0 always takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, _option("Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, _option("Draw from the likeliest tokens that hold this probability.")] = None,
-    seed: Annotated[int, _option("Of the draw; every arm draws the same token from the same seed.")] = 0,
-    device: Annotated[str, _option("auto, cpu or cuda.")] = "auto",
-    capture: Annotated[str, _option("When graphs are captured: ahead of the request, sync (inside it), async "
+    max_new_tokens: Annotated[int, option("Stop after this many tokens.", "--max-new-tokens", "-n")] = 64,
+    temperature: Annotated[float, option("0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, option("Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, option("Draw from the likeliest tokens that hold this probability.")] = None,
+    seed: Annotated[int, option("Of the draw; every arm draws the same token from the same seed.")] = 0,
+    device: Annotated[str, option("auto, cpu or cuda.")] = "auto",
+    capture: Annotated[str, option("When graphs are captured: ahead of the request, sync (inside it), async "
                                     "(behind it) or never.")] = "ahead",
-    echo: Annotated[bool, _option("Print PROMPT before its continuation.", "--echo/--no-echo")] = True,
-    show_paths: Annotated[bool, _option("List the path that made each token, and its time.", "--show-paths")] = False,
+    echo: Annotated[bool, option("Print PROMPT before its continuation.", "--echo/--no-echo")] = True,
+    show_paths: Annotated[bool, option("List the path that made each token, and its time.", "--show-paths")] = False,
     debug: Debug = False,
 ) -> None:
     """Stream a continuation of PROMPT token by token: text on stdout, one line of timing on stderr."""
     with errors(debug):
-        request = _prompt(prompt, ids)
+        request = terminal.prompt(prompt, ids)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         tokens = terminal.stream(_answer(model, {"arm": arm, "policy": policy, "device": device, "capture": capture},
                                          request, sampling, max_new_tokens), before=prompt if echo and prompt else "")
@@ -143,45 +132,17 @@ def _answer(model: str, settings: dict[str, Any], request: str | list[int], samp
         yield from tokens
 
 
-def _prompt(prompt: str | None, ids: str | None) -> str | list[int]:
-    if (prompt is None) == (ids is None):
-        raise PromptError("give a PROMPT or --ids" + ("" if prompt is None else ", not both"), "",
-                          "hybridlab generate 'The for statement'")
-    if prompt is not None:
-        return prompt
-    try:
-        return [int(part) for part in str(ids).replace(",", " ").split()]
-    except ValueError:
-        raise PromptError("--ids holds something that is no number", str(ids)[:80], "write it like '1 17 23'") from None
-
-
-class _Pairs(TyperCommand):
-    """Lets `-p NAME VALUE` take two words, as papermill does; Typer's repeatable options take one."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        joined, rest = [], iter(args)
-        for word in rest:
-            joined.append(word)
-            if word in ("-p", "--parameter"):
-                name = next(rest, None)
-                if name is not None and "=" not in name:
-                    value = next(rest, None)
-                    name = name if value is None else f"{name}={value}"
-                joined += [] if name is None else [name]
-        return list(super().parse_args(ctx, joined))
-
-
-@app.command(cls=_Pairs, epilog=_examples(
+@app.command(cls=terminal.Pairs, epilog=examples(
     "hybridlab run notebooks/04_hybrid.ipynb",
     "hybridlab run notebooks/05_ablation.ipynb -p repeats 20 -p lengths '[10, 50]'",
     "hybridlab run notebooks/05_ablation.ipynb -p model random:tiny-mistral-7b -p temperature 0.8"))
 def run(
     notebook: Annotated[Path, typer.Argument(help="A notebook with one cell tagged 'parameters'.")],
-    parameter: Annotated[list[str] | None, _option(
+    parameter: Annotated[list[str] | None, option(
         "A parameter that the notebook takes, its VALUE written as in JSON. Repeatable.", "--parameter", "-p",
         metavar="NAME VALUE")] = None,
     runs: Runs = None,
-    timeout_s: Annotated[float, _option("Longest time for one cell, in seconds.", "--timeout-s", min=1)] = 1800,
+    timeout_s: Annotated[float, option("Longest time for one cell, in seconds.", "--timeout-s", min=1)] = 1800,
     debug: Debug = False,
 ) -> None:
     """Execute NOTEBOOK in its own kernel and record a run: rows, executed notebook, and a manifest written last.
@@ -198,18 +159,70 @@ def run(
         print(notebooks.run(notebook, given, root=runs, timeout_s=timeout_s).run_path)
 
 
-@app.command(epilog=_examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
+@app.command(epilog=examples(
+    "hybridlab cache",
+    "hybridlab cache chat --requests 100 --compare capture=sync --compare 'capture=async behind=thread'",
+    "hybridlab cache zipf --compare 'capture=sync cache_graphs=5' --compare 'capture=sync buckets=16,64,256,1024'",
+    "hybridlab cache requests.csv --model random:llama-2-7b --dtype float16 --device cuda",
+    "hybridlab cache grid --requests 20 --cost 64 --cost 256 --disturb thread --save-trace served.csv"))
+def cache(
+    trace: Annotated[str, typer.Argument(
+        help="Lengths of the requests: grid (the paper's ten), uniform (1 to 500), zipf (a few lengths often), chat "
+             "(contexts that grow), or a CSV file with the header prompt_tokens,new_tokens.")] = CACHE.trace,
+    requests: Annotated[int, option("How many requests of the trace are served in a pass.", min=1)] = CACHE.requests,
+    new_tokens: Annotated[int, option("Tokens generated by each; a file says its own.", min=1)] = CACHE.new_tokens,
+    repeats: Annotated[int, option("Passes under each setting, each from a cold cache.", min=1)] = CACHE.repeats,
+    compare: Annotated[list[str] | None, option(
+        "A setting to compare, as fields of RuntimeConfig: capture, behind, admission, buckets, cache_graphs, "
+        "cache_bytes, pool, eviction, run_ahead. Repeatable; without it never, sync and async captures are compared.",
+        metavar="'NAME=VALUE …'")] = None,
+    cost: Annotated[list[int] | None, option("Also time and weigh captures of this prompt length. Repeatable.")] = None,
+    disturb: Annotated[list[str] | None, option(
+        "Also measure what capturing this way does to decoding, as in thread or cooperative. Repeatable.")] = None,
+    model: Model = CACHE.model,
+    device: Annotated[str, option("auto, cpu or cuda.")] = CACHE.device,
+    dtype: Annotated[str | None, option("float32, float16 or bfloat16; default: as the model is.")] = CACHE.dtype,
+    seed: Annotated[int, option("Of the requests, the prompts and the order of passes.")] = CACHE.seed,
+    save_trace: Annotated[Path | None, option("Write the requests that were served to this CSV file.")] = None,
+    runs: Runs = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a stream of requests under several settings of the graph cache, record a run, and print what it shows.
+
+    Each pass begins with an empty cache. In float32 the tokens of every request must be equal under all settings.
+    """
+    with errors(debug):
+        from hybridlab import parameters, workload
+
+        config = build(CacheConfig, {
+            "trace": trace, "requests": requests, "new_tokens": new_tokens, "repeats": repeats, "model": model,
+            "device": device, "dtype": dtype, "seed": seed, "cost_lengths": cost or [], "disturb": disturb or [],
+            **({"compare": [parameters.entry(text) for text in compare]} if compare else {})})
+        parameters.compared(config)  # refuse before torch is imported, which takes seconds
+        workload.require_known(trace)
+        if save_trace is not None and not save_trace.absolute().parent.is_dir():
+            raise ConfigError(f"--save-trace names {str(save_trace)!r}", "its directory does not exist", "make it")
+        from hybridlab import cachelab
+
+        result = cachelab.run(config, root=runs)
+        terminal.results([result.grid().rich()], result.reading())
+        if save_trace is not None:
+            workload.write(save_trace, result.requests())
+        print(f"run      {terminal.near(result.path)}")
+
+
+@app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
                               "hybridlab reproduce --publish"))
 def reproduce(
     model: Model = "tiny",
-    repeats: Annotated[int, _option("Rounds of 05, at most; one round is a TTFT of every arm and length.", min=1)] = 60,
-    budget_s: Annotated[float, _option("05 starts no new round after this many seconds.", "--budget-s", min=1)] = 90.0,
+    repeats: Annotated[int, option("Rounds of 05, at most; one round is a TTFT of every arm and length.", min=1)] = 60,
+    budget_s: Annotated[float, option("05 starts no new round after this many seconds.", "--budget-s", min=1)] = 90.0,
     runs: Runs = None,
-    publish: Annotated[bool, _option("Copy the finished ablation to data/runs/ and redraw the committed figures "
+    publish: Annotated[bool, option("Copy the finished ablation to data/runs/ and redraw the committed figures "
                                      "from committed rows.", "--publish")] = False,
     debug: Debug = False,
 ) -> None:
-    """Execute notebooks 00 to 05 with the paper's prompt lengths, print the ablation table, and draw the figures.
+    """Execute all notebooks, 05 with the paper's prompt lengths, print the ablation table, and draw the figures.
 
     Figures go to figures/local/ as HTML, SVG and PNG. Without --publish nothing else changes outside the run store.
     """
@@ -231,15 +244,12 @@ def _show(run_path: Path, folder: Path) -> None:
     from hybridlab import report
     from hybridlab.experiment import Result
 
-    result, out = Result.open(run_path), Console(width=None if sys.stdout.isatty() else terminal.WIDE)
-    for grid in report.GRIDS.values():
-        out.print(grid(result).rich())
-    out.print(result.reading(), highlight=False, markup=False)
+    result = Result.open(run_path)
+    terminal.results([grid(result).rich() for grid in report.GRIDS.values()], result.reading())
     with err.status("drawing figures"):
         files = list(report.draw(result, folder))
     names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
-    out.print(f"run      {_near(run_path)}\nfigures  {_near(folder)}: {names}", markup=False, highlight=False,
-              soft_wrap=True)
+    print(f"run      {terminal.near(run_path)}\nfigures  {terminal.near(folder)}: {names}")
 
 
 def _publish(run_path: Path, checkout: Path) -> None:
@@ -251,10 +261,10 @@ def _publish(run_path: Path, checkout: Path) -> None:
     print(f"next: name run={target.parent.name}/{target.name} in README's table markers, then hybridlab check --write")
 
 
-@app.command(epilog=_examples("hybridlab check", "hybridlab check --write"))
+@app.command(epilog=examples("hybridlab check", "hybridlab check --write"))
 def check(
-    write: Annotated[bool, _option("Rewrite README tables that differ from their rows.", "--write")] = False,
-    root: Annotated[Path | None, _option("The checkout; default: the one hybridlab runs from.", "--root")] = None,
+    write: Annotated[bool, option("Rewrite README tables that differ from their rows.", "--write")] = False,
+    root: Annotated[Path | None, option("The checkout; default: the one hybridlab runs from.", "--root")] = None,
     debug: Debug = False,
 ) -> None:
     """Verify every committed run against its manifest, and every README table against the rows it names.
@@ -278,8 +288,3 @@ def check(
         print(f"checked {total} runs and tables, {len(findings.wrong)} wrong")
     if findings.wrong:
         raise typer.Exit(terminal.FAILED)
-
-
-def _near(path: Path) -> str:
-    """The path as one types it from here."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)

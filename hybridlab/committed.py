@@ -9,7 +9,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridlab import report
+from hybridlab import records, report
+from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
 from hybridlab.records import CONFIG, MANIFEST, atomic_write, keep, read
@@ -64,11 +65,12 @@ def publish(path: Path, root: Path) -> Path:
 
 
 def redraw(root: Path) -> list[Path]:
-    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed run.
+    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation.
 
     SVG and PNG only: a page that opens offline needs five megabytes of plotly.js beside it.
     """
-    latest = {path.parent.name: path for path in committed_runs(root / "data" / "runs")}
+    latest = {path.parent.name: path for path in committed_runs(root / "data" / "runs")
+              if records.kind(path) == Result.kind}
     return [file for machine, path in latest.items()
             for file in report.draw(Result.open(path), root / "figures" / machine, ("svg", "png"))]
 
@@ -112,11 +114,14 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
-    if kind not in report.GRIDS:
-        raise RunError(f"there is no table {kind!r}", "", nearest(kind, report.GRIDS))
+    tables = (*report.GRIDS, CacheResult.kind)
+    if kind not in tables:
+        raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
     if run not in known:
         raise RunError(f"run {run} is not committed under {runs.name}/", "", nearest(run, known) if known else "")
+    if kind == CacheResult.kind:
+        return CacheResult.open(known[run]).grid().markdown()
     return report.GRIDS[kind](Result.open(known[run])).markdown()
 
 

@@ -20,6 +20,7 @@ class Counters:
     failures: int = 0      # captures that failed; their keys are not tried again
     compiles: int = 0      # JIT compilations
     discarded: int = 0     # steps launched ahead of a token that ended the request
+    graphs: int = 0        # held now
     graph_bytes: int = 0
 
     def as_dict(self) -> dict[str, float]:

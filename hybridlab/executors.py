@@ -44,6 +44,13 @@ class Executor(Protocol):
 
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None: ...
 
+    @property
+    def capturing(self) -> bool: ...
+
+    def settle(self) -> None: ...
+
+    def seal(self, closed: bool) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -86,6 +93,14 @@ class StockExecutor:
         del self.cache
 
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None:
+        pass
+
+    capturing = False
+
+    def settle(self) -> None:
+        pass
+
+    def seal(self, closed: bool) -> None:
         pass
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 import torch
@@ -25,15 +25,20 @@ EVERY_S = 10.0                            # between two lines of progress in a l
 
 
 @dataclass(frozen=True)
-class Result:
+class Shown:
     """A recorded run, read back from disk: everything shown is what was stored."""
 
     recorded: records.Recorded
+    kind: ClassVar[str]
 
     @classmethod
-    def open(cls, path: Path | str) -> Result:
-        """A run from its directory, checked against its manifest. Raises: RunError."""
-        return cls(records.read(path))
+    def open(cls, path: Path | str) -> Self:
+        """A run from its directory, checked against its manifest. Raises: RunError, for a run of another kind too."""
+        found = records.read(path)
+        if found.kind != cls.kind:
+            remedy = "open it with hl.cachelab.CacheResult" if found.kind == "cache" else "open it with hl.Result"
+            raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}", remedy)
+        return cls(found)
 
     @property
     def run_id(self) -> str:
@@ -44,21 +49,17 @@ class Result:
         return self.recorded.path
 
     @property
-    def config(self) -> RunConfig:
-        return self.recorded.config
-
-    @property
     def status(self) -> str:
         return self.recorded.status
 
     @property
     def rows(self) -> pd.DataFrame:
-        """One row a timed token; the columns are those of `records.SCHEMA`."""
+        """One row a timed interval; the columns are those of `hybridlab.schemas`."""
         return self.recorded.rows
 
     @property
     def on_cpu(self) -> bool:
-        return self.config.device == "cpu" or not self.recorded.environment.get("cuda_available")
+        return self.recorded.config.device == "cpu" or not self.recorded.environment.get("cuda_available")
 
     @property
     def machine(self) -> str:
@@ -71,7 +72,19 @@ class Result:
         counts = self.rows["metric"].value_counts()
         sizes = [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
                  if name in counts]
-        return " · ".join([f"run {self.run_id}", self.machine, self.config.model, f"n = {', '.join(sizes) or 0}"])
+        model = self.recorded.config.model
+        return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(sizes) or 0}"])
+
+
+class Result(Shown):
+    """The recorded run of an ablation."""
+
+    kind = "ablation"
+
+    @property
+    def config(self) -> RunConfig:
+        assert isinstance(self.recorded.config, RunConfig)
+        return self.recorded.config
 
     def table(self) -> pd.DataFrame:
         """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`); None where n does not allow one."""
@@ -107,18 +120,18 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
     """
     config = _checked(config)
     names.require_fit(config, names.context(config.model))
-    with _reporter(progress) as report:
+    with reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
-        with _threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
+        with threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
                 extra = _measure(model, prompts, config, target, report)
                 target.finish("complete", extra=extra)
             except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-                _fail(target, error)
+                fail(target, error)
                 raise
     return Result.open(target.path)
 
@@ -181,7 +194,7 @@ def _check_undisturbed(rows: list[measure.Row]) -> None:
                            "such times are no latencies; raise warmup, and report this if it stays")
 
 
-def _fail(target: records.Run, error: BaseException) -> None:
+def fail(target: records.Run, error: BaseException) -> None:
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     try:
         target.finish("failed", reason)
@@ -190,7 +203,7 @@ def _fail(target: records.Run, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int, on_cpu: bool) -> Iterator[None]:
+def threads(count: int, on_cpu: bool) -> Iterator[None]:
     """Sets PyTorch's CPU threads for the block; on a GPU they are left alone."""
     before = torch.get_num_threads()
     if on_cpu:
@@ -232,7 +245,7 @@ def _remaining(done: int, elapsed_s: float, config: RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def _reporter(progress: bool) -> Iterator[Report]:
+def reporter(progress: bool) -> Iterator[Report]:
     """Progress for where it is seen: a bar on a terminal, one line that is replaced in a notebook, else a log."""
     if progress and _in_kernel():
         yield _notebook_line()

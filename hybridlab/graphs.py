@@ -1,32 +1,31 @@
-"""Capture and replay, and the cache of captured graphs: the paper's rolling buffer. Knows no model.
-
-A graph is a CUDA graph on a GPU and a tape on the CPU. The cache holds them by key, least recently used first, under
-a byte budget; a lease keeps a graph in while it is in flight.
-"""
+"""Capture and replay of one program, whole or in pieces: CUDA graphs on a GPU, a tape on the CPU. Knows no model."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlab import kernels, tape
-from hybridlab.counters import Counters
-from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
+from hybridlab import tape
 from hybridlab.tape import Tape
+
+CAPTURE_MODES = ("thread_local", "relaxed", "global")  # of CUDA: whose forbidden calls end a capture
 
 
 class Graph(Protocol):
     """A captured launch sequence over fixed addresses, in one graph or in several with other work between them."""
 
-    nbytes: int
-    graphs: int  # launched by one replay
+    nbytes: int            # given back when the graph is dropped
+    pool_bytes: int        # by which its pool has grown
+    graphs: int            # launched by one replay
+    capture_ms: float      # recording the launches
+    instantiate_ms: float  # making them executable
 
     def replay(self) -> None: ...
 
@@ -36,6 +35,43 @@ class Graph(Protocol):
 CutOpen = Callable[[], AbstractContextManager[Callable[[Any], bool]]]  # see hybridlab.pieces.Cut
 
 
+def new_pool(device: torch.device) -> Any:
+    """Memory for the intermediates of graphs that never run at the same time."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else tape.Pool()
+
+
+def record(function: Callable[[], None], device: torch.device, *, pool: Any = None, cut: CutOpen | None = None,
+           mode: str = "thread_local", private: Sequence[Tensor] = ()) -> Graph:
+    """`function` as a graph, its intermediates in `pool`, or in a new one. It must have run before: nothing may be
+    compiled or loaded while it is recorded.
+
+    A CUDA capture runs nothing, except in pieces, which run once. A tape runs everything, on copies of the tensors
+    in `private`, so that these keep their values.
+    """
+    if device.type == "cuda":
+        with _ONE_AT_A_TIME, torch.cuda.device(device):
+            return CudaGraph(function, pool or new_pool(device), cut, mode)
+    with cut() if cut else nullcontext() as leave_outside:
+        return Tape(function, leave_outside, pool, private)
+
+
+_ONE_AT_A_TIME = threading.RLock()  # PyTorch allows one capture a process
+_OWN = threading.local()
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream on which this thread captures, always the same: cuBLAS keeps a workspace for each stream that it has
+    met, 32 MiB on Hopper. A small product makes this one now, as a capture would take it from its pool."""
+    if not hasattr(_OWN, "stream"):
+        _OWN.stream = torch.cuda.Stream()
+        with torch.cuda.stream(_OWN.stream):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                one = torch.ones((16, 16), device="cuda", dtype=dtype)
+                torch.addmm(one[0], one @ one, one)
+        _OWN.stream.synchronize()
+    return _OWN.stream
+
+
 class _Pieces(TorchDispatchMode):
     """Captures what runs, piece by piece, into `pool`.
 
@@ -43,23 +79,27 @@ class _Pieces(TorchDispatchMode):
     values; and the call is kept, to be made again between the pieces at every replay.
     """
 
-    def __init__(self, pool: tuple[int, int], leave_outside: Callable[[Any], bool]) -> None:
+    def __init__(self, pool: tuple[int, int], leave_outside: Callable[[Any], bool], mode: str) -> None:
         super().__init__()
-        self.pool, self.leave_outside = pool, leave_outside
+        self.pool, self.leave_outside, self.mode = pool, leave_outside, mode
         self.open: torch.cuda.CUDAGraph | None = None
         self.captured: list[torch.cuda.CUDAGraph] = []
         self.parts: list[Callable[[], Any]] = []
-        self.alive: list[Any] = []  # made outside captures and read by graphs at fixed addresses
+        self.alive: list[Any] = []       # made outside captures and read by graphs at fixed addresses
+        self.pooled: set[int] = set()    # addresses of storages that captures made: these lie in the pool
+        self.instantiate_ms = 0.0
 
     def begin(self) -> None:
         self.open = torch.cuda.CUDAGraph()
-        self.open.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self.open.capture_begin(pool=self.pool, capture_error_mode=self.mode)
 
     def end(self) -> None:
         if self.open is not None:
             graph, self.open = self.open, None
             self.captured.append(graph)
+            start = time.perf_counter()
             graph.capture_end()
+            self.instantiate_ms += (time.perf_counter() - start) * 1e3
             self.parts.append(graph.replay)
 
     def abandon(self) -> None:
@@ -69,7 +109,8 @@ class _Pieces(TorchDispatchMode):
                 self.open.capture_end()
             self.captured.append(self.open)
         for graph in self.captured:
-            graph.reset()
+            with suppress(RuntimeError):  # one that cannot be reset must not keep the others
+                graph.reset()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,6 +121,7 @@ class _Pieces(TorchDispatchMode):
             out = func(*args, **kwargs)
             fresh = tape.fresh(func, args, kwargs, out)
             if fresh or func._schema.is_mutable:
+                args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._borrowed, (args, kwargs))
                 self.parts.append(tape.again(func, args, kwargs, fresh))
         else:
             if self.open is None and not tape.launches_nothing(func):
@@ -87,7 +129,19 @@ class _Pieces(TorchDispatchMode):
             out = func(*args, **kwargs)
         if self.open is None:
             self.alive.append(out)
+        else:
+            self.pooled |= {tape.storage(t) for t in tape.fresh(func, args, kwargs, out)}
         return out
+
+    def _borrowed(self, tensor: Tensor) -> Tensor:
+        """The same tensor, but without keeping its memory from others if that lies in the pool: graphs of one pool
+        take turns, and each writes what it reads."""
+        if tape.storage(tensor) not in self.pooled:
+            return tensor
+        whole = tensor.untyped_storage()
+        place = torch._C._construct_storage_from_data_pointer(whole.data_ptr(), tensor.device, whole.nbytes())
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            place, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class CudaGraph:
@@ -96,12 +150,14 @@ class CudaGraph:
     `torch.cuda.graph()` is avoided: it synchronises the device and empties the allocator's cache on entry.
     """
 
-    def __init__(self, function: Callable[[], None], pool: tuple[int, int], cut: CutOpen | None = None) -> None:
-        before = torch.cuda.memory_reserved()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def __init__(self, function: Callable[[], None], pool: tuple[int, int], cut: CutOpen | None = None,
+                 mode: str = "thread_local") -> None:
+        stream, here = capture_stream(), torch.cuda.current_stream()
+        driver, reserved = _driver_bytes(), torch.cuda.memory_reserved()
+        start = time.perf_counter()
+        stream.wait_stream(here)
         with torch.no_grad(), torch.cuda.stream(stream), cut() if cut else nullcontext() as leave_outside:
-            self._pieces = _Pieces(pool, leave_outside or (lambda _: False))
+            self._pieces = _Pieces(pool, leave_outside or (lambda _: False), mode)
             try:
                 if cut:
                     with self._pieces:
@@ -113,132 +169,28 @@ class CudaGraph:
             except BaseException:
                 self._pieces.abandon()
                 raise
-        torch.cuda.current_stream().wait_stream(stream)
+        here.wait_stream(stream)
+        self.instantiate_ms = self._pieces.instantiate_ms
+        self.capture_ms = (time.perf_counter() - start) * 1e3 - self.instantiate_ms
         self.graphs = len(self._pieces.captured)
-        self.nbytes = torch.cuda.memory_reserved() - before
+        self.pool_bytes = max(0, torch.cuda.memory_reserved() - reserved)
+        self.nbytes = max(0, _driver_bytes() - driver)
+        self._replayed = torch.cuda.Event()
 
     def replay(self) -> None:
         for part in self._pieces.parts:
             part()
+        self._replayed.record()
 
     def reset(self) -> None:
-        torch.cuda.current_stream().synchronize()
+        """Give its memory back, once the device has finished the last replay."""
+        self._replayed.synchronize()
         for graph in self._pieces.captured:
             graph.reset()
+        self._pieces.parts, self._pieces.alive = [], []
 
 
-class GraphCache:
-    """Captured graphs by key, least recently used first out, under `budget` bytes (None: no limit).
-
-    The newest graph stays even if it is larger than the budget: it is about to be replayed.
-    Keys name everything a graph bakes in. A key whose capture failed keeps its reason in `failed` and is not tried
-    again. Graphs share one memory pool: they never run at the same time and nothing but their declared buffers is
-    read after a replay.
-    """
-
-    def __init__(self, device: torch.device, budget: int | None, counters: Counters) -> None:
-        self.device, self.budget, self.counters = device, budget, counters
-        self.failed: dict[Hashable, str] = {}
-        self.closed = False
-        self._graphs: OrderedDict[Hashable, tuple[Graph, Sequence[Tensor], tuple[int, ...]]] = OrderedDict()
-        self._leased: set[Hashable] = set()
-        self._pinned: set[Hashable] = set()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._graphs
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    @contextmanager
-    def lease(self, key: Hashable) -> Iterator[Callable[[], None]]:
-        """The replay of `key`, which stays in the cache while the lease is held. Raises KeyError if it is not there."""
-        graph, buffers, addresses = self._graphs[key]
-        self._graphs.move_to_end(key)
-        self._leased.add(key)
-
-        def replay() -> None:
-            if tuple(t.data_ptr() for t in buffers) != addresses:
-                raise StaleAddress(f"a buffer of graph {key} has moved since capture",
-                                   "replaying would read and write memory that is no longer its own",
-                                   "keep the runtime's tensors as they are, or make a new Runtime")
-            graph.replay()
-            self.counters.replays += graph.graphs
-
-        try:
-            yield replay
-        finally:
-            self._leased.discard(key)
-
-    def capture(self, key: Hashable, function: Callable[[], None], buffers: Sequence[Tensor], *,
-                state: Sequence[Tensor] = (), cut: CutOpen | None = None, pin: bool = False) -> None:
-        """Capture `function` under `key`; it must read and write only `buffers` and what never moves.
-
-        It runs once before, so that nothing is compiled or loaded during capture; `state`, what a run changes for the
-        next, is put back. `cut` says what stays outside the graphs. With `pin` the graph is never evicted. Raises
-        `CaptureFailed` with the cause, or `CaptureClosed`; in both cases the cache is as it was.
-        """
-        if self.closed:
-            raise CaptureClosed(f"graph {key} was to be captured", "captures are closed, as in a timed region",
-                                "warm up every length before timing")
-        start = time.perf_counter()
-        try:
-            with _restored(state), torch.no_grad():
-                function()
-            compiled = kernels.compiles()
-            with _restored(state):
-                graph = self._graph(function, cut)
-        except Exception as error:  # whatever the model's code or a compiler raises: the request must go on
-            raise self._failure(key, str(error)) from error
-        if kernels.compiles() != compiled:
-            graph.reset()
-            raise self._failure(key, "a kernel was compiled during capture: its warm-up ran another program")
-        self._graphs[key] = (graph, buffers, tuple(t.data_ptr() for t in buffers))
-        if pin:
-            self._pinned.add(key)
-        self.counters.captures += 1
-        self.counters.capture_ms += (time.perf_counter() - start) * 1e3
-        self.counters.graph_bytes += graph.nbytes
-        self._evict(keep=key)
-
-    def _graph(self, function: Callable[[], None], cut: CutOpen | None) -> Graph:
-        if self._pool is not None:
-            return CudaGraph(function, self._pool, cut)
-        with cut() if cut else nullcontext() as leave_outside:
-            return Tape(function, leave_outside)
-
-    def _failure(self, key: Hashable, cause: str) -> CaptureFailed:
-        self.failed[key] = f"capture failed: {cause}"
-        self.counters.failures += 1
-        return CaptureFailed(f"graph {key} could not be captured", cause,
-                             "its steps run without a graph; fallback='raise' stops instead")
-
-    def _evict(self, keep: Hashable | None) -> None:
-        for key in list(self._graphs):
-            if self.budget is None or self.counters.graph_bytes <= self.budget:
-                return
-            if key != keep and key not in self._leased and key not in self._pinned:
-                self._drop(key)
-                self.counters.evictions += 1
-
-    def _drop(self, key: Hashable) -> None:
-        graph, _, _ = self._graphs.pop(key)
-        self.counters.graph_bytes -= graph.nbytes
-        graph.reset()
-
-    def clear(self) -> None:
-        """Drop every graph."""
-        for key in list(self._graphs):
-            self._drop(key)
-
-
-@contextmanager
-def _restored(state: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever runs meanwhile, `state` has its values again afterwards."""
-    saved = [t.clone() for t in state]
-    try:
-        yield
-    finally:
-        for tensor, before in zip(state, saved, strict=True):
-            tensor.copy_(before)
+def _driver_bytes() -> int:
+    """Device memory that is in use beside the allocator's: among it the driver's own of every graph."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()

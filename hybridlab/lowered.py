@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from hybridlab import kernels, ops
 from hybridlab.buckets import bucket_for
+from hybridlab.cache import GraphCache, Job
 from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy_name
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.executors import Launched
-from hybridlab.graphs import GraphCache
+from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
 from hybridlab.plan import Plan
@@ -22,17 +23,6 @@ from hybridlab.readback import Readback
 from hybridlab.sampling import Controls
 
 assert kernels, ops  # both register the namespaces that programs call
-
-
-class Key(NamedTuple):
-    """What one captured graph is for: everything that it bakes in."""
-
-    phase: str
-    rows: int
-    draw: str  # how tokens are drawn, if the graph draws them
-    policy: str
-    dtype: str
-    device: str
 
 
 class LoweredExecutor:
@@ -60,17 +50,20 @@ class LoweredExecutor:
         self.inputs: dict[tuple[str, int], Inputs] = {}
         self.programs: dict[tuple[str, str, int], Program] = {}
         self.positions = self.program("decode", 1).inputs.positions
-        self.graphs: GraphCache | None = None
-        if config.arm in REPLAYING:
-            self.graphs = GraphCache(model.device, config.cache_bytes, counters)
-        self.pending: dict[Key, Program] = {}
+        self.lookup = Lookup(config, model.device, counters, self._job) if config.arm in REPLAYING else None
         self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
-        self.cutting = self.graphs is not None and cut(model, decode) is not None
+        self.cutting = self.lookup is not None and cut(model, decode) is not None
         assert decode.policy is not None
         between = [name for name in decode.policy.outside if name not in ("prepare", "sample")]
         self.around = f", in pieces around {', '.join(between)}" if between else ""
         self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
+        self.asked_at: float | None = None  # when the request was, until its first token is read
+
+    @property
+    def graphs(self) -> GraphCache | None:
+        """The graph cache; None in arm jit."""
+        return self.lookup.cache if self.lookup is not None else None
 
     def program(self, phase: str, rows: int, namespace: str | None = None) -> Program:
         """The program of one shape, made at first use; programs of one shape read the same inputs."""
@@ -95,7 +88,7 @@ class LoweredExecutor:
         self.controls.set(sampling, self.model.config.vocab_size)
 
     def prefill(self, ids: list[int]) -> Launched:
-        count = len(ids)
+        self.asked_at, count = time.perf_counter(), len(ids)
         self.staging[:count] = torch.tensor(ids)
         self.prompt[:count].copy_(self.staging[:count], non_blocking=True)
         self.length.fill_(count)
@@ -106,21 +99,28 @@ class LoweredExecutor:
         return self._launch("decode", 1)
 
     def read(self, step: Launched) -> int:
-        return self.tokens.read(step.place)
+        if self.lookup is None:
+            return self.tokens.read(step.place)
+        self.lookup.behind.step(lambda: not self.tokens.arrived(step.place))
+        token = self.tokens.read(step.place)
+        if self.asked_at is not None:
+            self.lookup.first_token(step.path, (time.perf_counter() - self.asked_at) * 1e3)
+            self.asked_at = None
+        return token
 
     def _launch(self, phase: str, rows: int) -> Launched:
         program = self.program(phase, rows)
         if "prepare" in self.outside:
             self._prepare(phase, program)
-        if self.graphs is None:
+        if self.lookup is None:
             path, reason = "jit", "arm jit launches static operations from Python and dynamic ones as JIT kernels"
             self._run(phase, program)
         else:
-            key = self._key(phase, program)
-            missed = self._miss(key, program)
+            key = self._key(phase, rows)
+            missed = self.lookup.miss(key, bucketed=phase == "decode" or self.bucket is not None)
             if missed is None:
-                path, reason = "graph", f"replayed {phase} graph of {program.rows} rows{self.around}"
-                with self.graphs.lease(key) as replay:
+                path, reason = "graph", f"replayed {phase} graph of {rows} rows{self.around}"
+                with self.lookup.cache.lease(key) as replay:
                     replay()
                 if "sample" in self.outside:
                     self._sample()
@@ -135,13 +135,13 @@ class LoweredExecutor:
         program()
         self._sample()
 
-    def _inside(self, phase: str, program: Program) -> None:
-        """The parts of a step that one capture holds."""
+    def _inside(self, phase: str, program: Program, controls: Controls) -> None:
+        """The parts of a step that one capture holds, drawing as `controls` say."""
         if "prepare" not in self.outside:
             self._prepare(phase, program)
         program()
         if "sample" not in self.outside:
-            self._sample()
+            controls.draw(self.logits, self.positions)
 
     def _prepare(self, phase: str, program: Program) -> None:
         ids, positions, last = program.inputs
@@ -154,38 +154,24 @@ class LoweredExecutor:
     def _sample(self) -> None:
         self.controls.draw(self.logits, self.positions)
 
-    def _key(self, phase: str, program: Program) -> Key:
+    def _key(self, phase: str, rows: int) -> Key:
         draw = "" if "sample" in self.outside else self.controls.mode
-        return Key(phase, program.rows, draw, *self.baked)
+        return Key(phase, rows, draw, *self.baked)
 
-    def _miss(self, key: Key, program: Program) -> str | None:
-        """None if the graph of `key` is there now, else why not. Captures on the spot if the policy is `sync`."""
-        assert self.graphs is not None
-        if key in self.graphs:
-            self.counters.hits += 1
-            return None
-        self.counters.misses += 1
-        if key in self.graphs.failed:
-            return self.graphs.failed[key]
-        if key.phase == "prefill" and self.bucket is None:
-            return f"no bucket holds {program.rows} tokens"
-        if self.config.capture == "never":
-            return "capture policy is never"
-        if self.config.capture == "async":
-            self.pending[key] = program
-            return "no graph yet; its capture waits behind this request"
-        try:
-            self._capture(key, program)
-        except CaptureFailed as error:
-            return str(error)
-        return None
+    def job(self, phase: str, rows: int) -> Job:
+        """What a graph of one step would capture, tokens drawn as the last request asked."""
+        return self._job(self._key(phase, rows))
 
-    def _capture(self, key: Key, program: Program) -> None:
+    def _job(self, key: Key) -> Job:
         """Decode is pinned: every token needs it, and a prefill graph only the first."""
-        assert self.graphs is not None
+        program, controls = self.program(key.phase, key.rows), self.controls.as_now()
+
+        def function() -> None:
+            self._inside(key.phase, program, controls)
+
         buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions]
-        self.graphs.capture(key, lambda: self._inside(key.phase, program), buffers, pin=key.phase == "decode",
-                            state=[*program.inputs, self.controls.token, self.positions], cut=self._cut(key))
+        return Job(key, function, buffers, [*program.inputs, self.controls.token, self.positions], self._cut(key),
+                   pin=key.phase == "decode")
 
     def _cut(self, key: Key) -> Cut | None:
         """Where the program of `key` is cut: planned at its own rows, as few and many may be computed differently."""
@@ -202,41 +188,43 @@ class LoweredExecutor:
         if self.config.fallback == "eager" and self.namespace == JIT:
             program = self.program(phase, program.rows, PLAIN)
         self._run(phase, program)
+        assert self.lookup is not None
+        self.lookup.ran(same=program.module is self.modules[self.namespace])
         return ("jit" if program.module is self.modules.get(JIT) else "eager"), reason
+
     def finish(self) -> None:
-        """Capture what the finished request missed: behind it, so that none of its tokens waited."""
-        for key, program in self.pending.items():
-            self._try_capture(key, program)
-        self.pending.clear()
+        if self.lookup is not None:
+            self.lookup.behind.idle()
         if self.bucket is None:  # a length of its own, which may never come again
             self.programs = {key: p for key, p in self.programs.items() if key[1] == "decode" or key[2] in self.buckets}
             self.inputs = {key: i for key, i in self.inputs.items() if key[0] == "decode" or key[1] in self.buckets}
 
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None:
-        """Capture decode and the bucket of every length, unless they are there or cannot be captured."""
-        if self.graphs is None or self.config.capture == "never":
+        """Capture decode and the bucket of every length, the largest first, unless they are there or cannot be."""
+        if self.lookup is None or self.config.capture == "never":
             return
         self.start(sampling)
         rows = {b for b in (bucket_for(n, self.buckets) for n in lengths) if b is not None}
-        for program, phase in [*((self.program("prefill", r), "prefill") for r in sorted(rows, reverse=True)),
-                               (self.program("decode", 1), "decode")]:
-            key = self._key(phase, program)
-            if key not in self.graphs and key not in self.graphs.failed:
-                self._try_capture(key, program)
+        for key in [*(self._key("prefill", r) for r in sorted(rows, reverse=True)), self._key("decode", 1)]:
+            self.lookup.ensure(key)
 
-    def _try_capture(self, key: Key, program: Program) -> None:
-        try:
-            self._capture(key, program)
-        except CaptureFailed:
-            if self.config.fallback == "raise":
-                raise
+    @property
+    def capturing(self) -> bool:
+        return self.lookup is not None and self.lookup.behind.busy
+
+    def settle(self) -> None:
+        if self.lookup is not None:
+            self.lookup.behind.settle()
+
+    def seal(self, closed: bool) -> None:
+        if self.lookup is not None:
+            self.lookup.cache.closed = closed
 
     def close(self) -> None:
-        if self.graphs is not None:
-            self.graphs.clear()
+        if self.lookup is not None:
+            self.lookup.close()
         self.programs.clear()
         self.modules.clear()
-        self.pending.clear()
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -99,6 +100,24 @@ def measure(device: str = "auto", dtype: str | None = None, threads: int | None 
             matmul_tflops=bench.matmul_tflops(), graph_launch_us=graph_launch_us, read_back_us=bench.read_back_us(),
             readings=readings, launchings=bench.launchings(
                 lambda size: _between(size, [(r.bytes, r.gemv_gbs) for r in readings]), graph_launch_us))
+
+
+def ridge(device: torch.device, dtype: torch.dtype) -> float:
+    """The ridge of the roofline for one layer of a decoder, in rows: measured once a process and number of threads.
+
+    A layer of w weights reads w · itemsize bytes and computes 2 · w FLOP a row, so arithmetic takes as long as reading
+    at rows = FLOP/s · itemsize / (2 · bytes/s): with fewer rows the time of a step is flat, with more it grows with
+    them (S. Williams, A. Waterman, D. Patterson, "Roofline", Communications of the ACM 52(4), 2009). FLOP/s are those
+    of a product with many rows, bytes/s those of products with one row, which is what decoding consists of.
+    """
+    where = torch.device(device.type, torch.cuda.current_device()) if str(device) == "cuda" else device
+    return _ridge(where, dtype, torch.get_num_threads())
+
+
+@cache
+def _ridge(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    with torch.no_grad():
+        return Bench(device, dtype).ridge()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def warm_up(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], c
     """
     for runtime in runtimes.values():
         runtime.warm_up(sorted(prompts), temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    with _frozen_heap():
+    with frozen_heap():
         for number in range(config.warmup):
             itl = number == 0 and config.itl_repeats > 0
             for arm, length, metric in _order(runtimes, prompts, config, round_=number, itl=itl):
@@ -80,11 +80,11 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
     writing rows. The end token does not end a request, so all arms generate equally many tokens.
 
     The budget is looked at between rounds only: the round in which it runs out is finished, and one is always made.
-    Rows are those of `records.SCHEMA` without `run_id`. Captures and compilations that happened during the request
+    Rows are those of `schemas.ABLATION` without `run_id`. Captures and compilations that happened during the request
     are counted in each of its rows; a valid timed region has none.
     """
     started, request, named = clock(), 0, cells(config)
-    with _frozen_heap():
+    with frozen_heap():
         for number in range(config.repeats):
             if number and clock() - started >= config.budget_s:
                 return
@@ -110,7 +110,7 @@ def _order(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
 def _serve(runtime: Runtime, ids: list[int], metric: str, config: RunConfig) -> list[Row]:
     count = 1 if metric == "ttft" else config.new_tokens
     before = runtime.counters.as_dict()
-    with _quiet_collector():
+    with quiet_collector():
         out = runtime.generate(ids, max_new_tokens=count, temperature=config.temperature, top_k=config.top_k,
                                top_p=config.top_p, seed=config.seed, stop=[])
     after = runtime.counters.as_dict()
@@ -126,7 +126,7 @@ def _serve(runtime: Runtime, ids: list[int], metric: str, config: RunConfig) -> 
 
 
 @contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
+def quiet_collector() -> Iterator[None]:
     """Collects now and not during the block; leaves the collector as it was."""
     gc.collect()
     was_on = gc.isenabled()
@@ -139,7 +139,7 @@ def _quiet_collector() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
+def frozen_heap() -> Iterator[None]:
     """Takes what is alive out of the collector's sight: a collection before each request then costs microseconds."""
     gc.collect()
     gc.freeze()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
-from hybridlab.config import RunConfig, as_dict
+from hybridlab.config import CacheConfig, RunConfig, as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
 from hybridlab.parameters import code_cells, defaults, read_notebook, settings
 from hybridlab.records import MANIFEST, RUN_VARIABLE, Run, atomic_write
@@ -48,11 +48,11 @@ class Failure:
     cell: int | None
 
 
-def check(path: str | Path, parameters: Mapping[str, Any] | None = None) -> RunConfig:
+def check(path: str | Path, parameters: Mapping[str, Any] | None = None) -> RunConfig | CacheConfig:
     """The settings that a run of this notebook with these parameters would have. Starts no kernel.
 
     Raises: `NotebookError` for a notebook that cannot be run or a parameter that it does not take or whose value
-    would not survive the trip into a kernel; `ConfigError` for a value that `RunConfig` refuses.
+    would not survive the trip into a kernel; `ConfigError` for a value that the config class refuses.
     """
     return settings(read_notebook(Path(path)), Path(path).name, dict(parameters or {}))
 
@@ -177,7 +177,7 @@ def _kernel_manager(run_path: Path) -> Iterator[type[AsyncKernelManager]]:
         yield OwnKernel
 
 
-def _disagreement(config: RunConfig, run_path: Path, taken: set[str]) -> Failure | None:
+def _disagreement(config: RunConfig | CacheConfig, run_path: Path, taken: set[str]) -> Failure | None:
     """A failure if the settings that the notebook really measured with differ from its parameters."""
     recorded = json.loads((run_path / "config.json").read_text(encoding="utf-8"))
     for name, asked in as_dict(config).items():

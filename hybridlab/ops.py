@@ -70,12 +70,13 @@ def _by_group(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: f
 def pad(prompt: Tensor, length: Tensor, ids: Tensor, last: Tensor) -> None:
     """Right-pad a prompt into its bucket: ids [1, bucket] <- prompt[:length] then zeros; last [1] <- length - 1.
 
-    prompt: int64 [capacity], of which the first `length` (int64 [1]) entries are the prompt.
+    prompt: int64 [capacity], of which the first `length` (int64 [1]) entries are the prompt. `last` stays inside the
+    bucket whatever `length` is: a capture may rehearse a bucket while a longer prompt is there.
     """
     bucket = ids.shape[1]
     inside = torch.arange(bucket, device=ids.device) < length
     ids.copy_(torch.where(inside, prompt[:bucket], 0)[None])
-    last.copy_(length - 1)
+    last.copy_((length - 1).clamp_(max=bucket - 1))
 
 
 def advance(token: Tensor, ids: Tensor, positions: Tensor) -> None:

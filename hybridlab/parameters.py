@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import nbformat
 
-from hybridlab.config import RunConfig, build
+from hybridlab.buckets import ladder
+from hybridlab.config import CacheConfig, RunConfig, RuntimeConfig, build
 from hybridlab.errors import ConfigError, NotebookError, nearest
 from hybridlab.names import context, require_fit
+from hybridlab.workload import require_known
+
+OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -54,12 +58,22 @@ def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
             raise NotebookError(f"the parameters cell of {name} holds more than `name = literal`",
                                 ast.unparse(statement)[:200], "move it to a later cell")
         found[pairs[0]] = pairs[1]
-    fields = {field.name for field in msgspec.structs.fields(RunConfig)}
+    kind = kind_of(found)
     for parameter in found:
-        if parameter not in fields:
+        if parameter not in _fields(kind):
             raise NotebookError(f"the parameters cell of {name} assigns {parameter!r}",
-                                "parameters are fields of RunConfig", nearest(parameter, fields))
+                                f"parameters are fields of {kind.__name__}", nearest(parameter, _fields(kind)))
     return found
+
+
+def kind_of(names: Iterable[str]) -> type[RunConfig | CacheConfig]:
+    """The config class that knows most of `names`; RunConfig where both know equally many."""
+    names = set(names)
+    return CacheConfig if len(names & _fields(CacheConfig)) > len(names & _fields(RunConfig)) else RunConfig
+
+
+def _fields(kind: type[msgspec.Struct]) -> set[str]:
+    return {field.name for field in msgspec.structs.fields(kind)}
 
 
 def _parse(source: str, name: str) -> ast.Module:
@@ -85,7 +99,7 @@ def _assignment(statement: ast.stmt) -> tuple[str, Any] | None:
         return None
 
 
-def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> RunConfig:
+def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> RunConfig | CacheConfig:
     """The notebook's defaults with `parameters` over them. Raises as `notebooks.check`."""
     taken = defaults(notebook, name)
     for parameter, value in parameters.items():
@@ -95,9 +109,52 @@ def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str
                                 nearest(str(parameter)[:80], taken) if taken else "")
         _plain(parameter, value)
     _single_owner(notebook, name, taken)
-    config = build(RunConfig, taken | dict(parameters))
+    config: RunConfig | CacheConfig = build(kind_of(taken), taken | dict(parameters))
     require_fit(config, context(config.model))
+    if isinstance(config, CacheConfig):
+        require_known(config.trace)
+        compared(config)
     return config
+
+
+def compared(config: CacheConfig) -> dict[str, dict[str, Any]]:
+    """What each entry of `compare` changes in a runtime, by the name that it has in rows: "capture=sync,
+    cache_graphs=5", or "default" for an empty entry.
+
+    Raises: ConfigError for a field that RuntimeConfig lacks or the experiment owns, a value that it refuses, prompt
+    lengths that are no ladder, and an entry that is there twice.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    free = sorted(_fields(RuntimeConfig) - set(OWNED))
+    for number, changes in enumerate(config.compare):
+        where = f"compare[{number}]"
+        for field in changes:
+            if field in OWNED:
+                raise ConfigError(f"{where} sets {field!r}", "the experiment sets it, the same for all entries",
+                                  f"leave it out; entries take {', '.join(free)}")
+            if field not in free:
+                raise ConfigError(f"{where} sets {field!r}", "RuntimeConfig has no such field", nearest(field, free))
+        checked = build(RuntimeConfig, changes)
+        if isinstance(checked.buckets, tuple):
+            ladder(checked.buckets, max(checked.buckets, default=1))
+        name = ", ".join(f"{field}={_short(value)}" for field, value in changes.items()) or "default"
+        if name in found:
+            raise ConfigError(f"{where} is {name!r} again", "each entry is one setting", "leave one of them out")
+        found[name] = dict(changes)
+    return found
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def entry(text: str) -> dict[str, Any]:
+    """One entry of `compare` as a command line gives it: `capture=async buckets=16,64` → fields and values."""
+    found = {}
+    for word in text.split():
+        name, value = pair(word)
+        found[name] = parse_value(f"[{value}]") if isinstance(value, str) and "," in value else value
+    return found
 
 
 def _plain(where: str, value: Any) -> None:

@@ -27,6 +27,10 @@ class Readback:
             self._arrived[place].record()
         return place
 
+    def arrived(self, place: int) -> bool:
+        """Whether `read` would not wait."""
+        return not self._cuda or self._arrived[place].query()
+
     def read(self, place: int) -> int:
         """The value sent to `place`; waits until it has arrived."""
         if self._cuda:

@@ -21,8 +21,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybridlab import environment, paths
-from hybridlab.config import RunConfig, as_dict, build
+from hybridlab import environment, paths, schemas
+from hybridlab.config import CacheConfig, RunConfig, as_dict, build
 from hybridlab.errors import RunError
 
 Status = Literal["complete", "failed"]
@@ -31,23 +31,9 @@ MANIFEST, ROWS, PARTS, CONFIG, ENVIRONMENT, FAILURE = (
     "manifest.json", "rows.parquet", "parts", "config.json", "environment.json", "failure.json")
 TEMPORARY = ".writing-"
 
-SCHEMA = pa.schema([
-    pa.field("run_id", pa.string(), nullable=False),
-    pa.field("round", pa.int64(), nullable=False),
-    pa.field("request", pa.int64(), nullable=False),
-    pa.field("arm", pa.string(), nullable=False),
-    pa.field("policy", pa.string(), nullable=False),
-    pa.field("prompt_tokens", pa.int64(), nullable=False),
-    pa.field("bucket", pa.int64()),                       # null: no bucket was used
-    pa.field("index", pa.int64(), nullable=False),
-    pa.field("position", pa.int64(), nullable=False),
-    pa.field("metric", pa.string(), nullable=False),
-    pa.field("ms", pa.float64(), nullable=False),
-    pa.field("path", pa.string(), nullable=False),
-    pa.field("reason", pa.string(), nullable=False),
-    pa.field("captures", pa.int64(), nullable=False),
-    pa.field("compiles", pa.int64(), nullable=False),
-])
+Config = RunConfig | CacheConfig
+KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
+    "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,8 @@ class Recorded:
 
     path: Path
     run_id: str
-    config: RunConfig
+    kind: str
+    config: Config
     environment: dict[str, Any]
     status: str
     reason: str
@@ -66,30 +53,30 @@ class Recorded:
 class Run:
     """A run being recorded. Owned by one process; `append` after each round, `finish` once."""
 
-    def __init__(self, path: Path, *, joined: bool) -> None:
-        self.path, self.id, self.joined = path, path.name, joined
+    def __init__(self, path: Path, kind: str, *, joined: bool) -> None:
+        self.path, self.id, self.kind, self.joined = path, path.name, kind, joined
         self.finished = False
         self._parts = 0
         self._started = _now()
 
     @classmethod
-    def create(cls, config: RunConfig, root: Path | None = None, run_id: str | None = None) -> Run:
+    def create(cls, config: Config, root: Path | None = None, run_id: str | None = None) -> Run:
         """Makes `<root>/<machine>/<run_id>/` with config.json and environment.json, and never touches an older run.
 
-        Without a root, runs go where `paths.runs_dir` says.
+        Without a root, runs go where `paths.runs_dir` says. The class of the config decides the columns of its rows.
         When HYBRIDLAB_RUN is set, joins that directory instead: the outer process owns it and writes its manifest.
         Raises: RunError if the directory is there already, or has been joined before.
         """
+        kind = next(name for name, (known, _) in KINDS.items() if isinstance(config, known))
         report = environment.report()
         outer = os.environ.get(RUN_VARIABLE)
         if outer:
-            run = cls(_joinable(Path(outer)), joined=True)
+            run = cls(_joinable(Path(outer)), kind, joined=True)
         else:
-            gpus = None if config.device == "cpu" else report["gpu"]
-            machine = environment.slug(gpus, report["cpu"])
-            run = cls((root or paths.runs_dir()) / machine / (run_id or _new_id()), joined=False)
+            machine = environment.slug(None if config.device == "cpu" else report["gpu"], report["cpu"])
+            run = cls((root or paths.runs_dir()) / machine / (run_id or _new_id()), kind, joined=False)
             _make(run.path, "a run is never overwritten")
-        atomic_write(run.path / CONFIG, _json(as_dict(config)))
+        atomic_write(run.path / CONFIG, _json(({} if kind == "ablation" else {"kind": kind}) | as_dict(config)))
         atomic_write(run.path / ENVIRONMENT, _json(report))
         return run
 
@@ -97,7 +84,7 @@ class Run:
         """Stores rows as one atomic Parquet part; `run_id` is filled in. Raises RunError for rows out of schema."""
         if self.finished:
             raise RunError(f"run {self.id} is finished", "rows were appended after finish", "create a new run")
-        table = _table([{**row, "run_id": self.id} for row in rows])
+        table = _table([{**row, "run_id": self.id} for row in rows], KINDS[self.kind][1])
         if table.num_rows == 0:
             return
         (self.path / PARTS).mkdir(exist_ok=True)
@@ -145,9 +132,20 @@ def read(path: Path | str) -> Recorded:
     if "rows" in manifest and manifest["rows"] != table.num_rows:
         raise RunError(f"{path / ROWS} holds {table.num_rows} rows", f"its manifest says {manifest['rows']}",
                        "restore the files of this run")
-    frame = table.to_pandas().astype({"bucket": "Int64"})
-    return Recorded(path, str(manifest["run_id"]), build(RunConfig, _load(path / CONFIG)),
+    frame = table.to_pandas().astype({field.name: "Int64" for field in table.schema if field.nullable})
+    found = kind(path)
+    config = {name: value for name, value in _load(path / CONFIG).items() if name != "kind"}
+    return Recorded(path, str(manifest["run_id"]), found, build(KINDS[found][0], config),
                     _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame)
+
+
+def kind(path: Path) -> str:
+    """What a run directory records, one of KINDS, from its config. Raises: RunError."""
+    found = str(_load(path / CONFIG).get("kind", "ablation"))
+    if found not in KINDS:
+        raise RunError(f"{path / CONFIG} says kind {found[:80]!r}", f"known kinds are {', '.join(KINDS)}",
+                       "read it with the version of hybridlab that recorded it")
+    return found
 
 
 def keep(path: Path, target: Path) -> None:
@@ -203,23 +201,24 @@ def _make(path: Path, remedy: str) -> None:
         raise RunError(f"{path} is there already", "", remedy) from None
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    known = set(SCHEMA.names)
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    known = set(schema.names)
     for row in rows:
         wrong = known.symmetric_difference(row)
         if wrong:
-            raise RunError(f"a row has the wrong fields: {', '.join(sorted(wrong))}", "", f"fields are {SCHEMA.names}")
+            raise RunError(f"a row has the wrong fields: {', '.join(sorted(wrong))}", "", f"fields are {schema.names}")
         if not 0 <= row["ms"] < float("inf"):
-            raise RunError(f"a row has ms = {row['ms']}", f"{row['arm']}, request {row['request']}",
+            raise RunError(f"a row has ms = {row['ms']}", f"{row['metric']}, request {row['request']}",
                            "a time is finite and not negative")
     try:
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=schema)
         table.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise RunError("a row does not fit the schema", str(error)) from None
-    for field in SCHEMA:
+    for field in schema:
         if not field.nullable and table.column(field.name).null_count:
-            raise RunError(f"a row has no {field.name}", "", "only bucket may be empty")
+            free = ", ".join(other.name for other in schema if other.nullable)
+            raise RunError(f"a row has no {field.name}", "", f"only {free} may be empty")
     return table
 
 
@@ -232,13 +231,13 @@ def _parquet(table: pa.Table) -> bytes:
 def _rows(path: Path) -> pa.Table:
     """rows.parquet when it was merged, else the parts: a crash between the two leaves either whole."""
     files = [path / ROWS] if (path / ROWS).exists() else sorted((path / PARTS).glob("[0-9]*.parquet"))
-    tables = []
+    schema, tables = KINDS[kind(path)][1], []
     for file in files:
         try:
-            tables.append(pq.ParquetFile(file).read().cast(SCHEMA))
+            tables.append(pq.ParquetFile(file).read().cast(schema))
         except (pa.ArrowException, ValueError) as error:
             raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def _merge(path: Path) -> int:

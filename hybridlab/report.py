@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hybridlab.experiment import Result
 
 NONE = "–"
+WHOLE = 24  # letters in the first column of a table; longer names are broken after commas
 WORDS = {"ttft": "time to first token", "itl": "gap between tokens"}
 
 
@@ -47,8 +48,8 @@ class Grid:
                       caption_justify="left")
         for index, name in enumerate(self.header):
             table.add_column(escape(name), justify="right" if index else "left", no_wrap=not index)
-        for row in self.rows:
-            table.add_row(*map(escape, row))
+        for first, *row in self.rows:
+            table.add_row(escape(first.replace(", ", ",\n") if len(first) > WHOLE else first), *map(escape, row))
         return table
 
 
@@ -60,7 +61,7 @@ def ablation(result: Result) -> Grid:
         row = [arm]
         for metric in ("ttft", "itl"):
             cell = cells.get((arm, "all", metric), {})
-            row += [_interval(cell, "p50"), _interval(cell, "p99"), "1" if arm == "eager" else _ratio(cell)]
+            row += [interval(cell, "p50"), interval(cell, "p99"), "1" if arm == "eager" else _ratio(cell)]
         rows.append(row)
     header = ["arm", "TTFT p50, ms", "TTFT p99, ms", "× eager", "ITL p50, ms", "ITL p99, ms", "× eager"]
     return Grid(f"Ablation · {result.caption}", header, rows,
@@ -114,13 +115,13 @@ def _cells(table: pd.DataFrame) -> dict[tuple[str, Any, str], dict[str, Any]]:
     return {(line["arm"], line["prompt_tokens"], line["metric"]): line for line in table.to_dict("records")}
 
 
-def _interval(cell: dict[str, Any], name: str) -> str:
+def interval(cell: dict[str, Any], name: str) -> str:
     value, low, high = _three(cell, name, f"{name}_low", f"{name}_high")
     if _absent(value):
         return NONE
     if _absent(low) or _absent(high):
-        return _number(value)
-    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 def _ratio(cell: dict[str, Any]) -> str:
@@ -129,7 +130,7 @@ def _ratio(cell: dict[str, Any]) -> str:
 
 
 def _with_ratio(cell: dict[str, Any], arm: str) -> str:
-    text = _interval(cell, "p50")
+    text = interval(cell, "p50")
     value = cell.get("ratio_to_eager")
     return text if arm == "eager" or _absent(value) else f"{text} {value:.2f}×"
 
@@ -142,7 +143,7 @@ def _absent(value: Any) -> bool:
     return value is None or math.isnan(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, never in exponents."""
     digits = 3 if value <= 0 else min(4, max(0, 2 - math.floor(math.log10(value))))
     return f"{value:.{digits}f}"

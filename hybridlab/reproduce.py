@@ -1,4 +1,4 @@
-"""The main job: the seven notebooks one after the other on one model, then the ablation as tables and figures."""
+"""The main job: the eight notebooks one after the other on one model, then the ablation as tables and figures."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class Step:
 
 
 def steps(model: str, repeats: int, budget_s: float) -> list[Step]:
-    """The seven notebooks. 05 gets the paper's lengths and the budget; the others explain, so they measure briefly."""
+    """The eight notebooks. 05 gets the paper's lengths and the budget; the others explain, so they measure briefly."""
     brief = ("00_start_here", "01_eager", "02_graphs_only", "03_jit_only", "04_hybrid")
     ablation = {"model": model, "lengths": list(PAPER_LENGTHS), "repeats": repeats, "budget_s": budget_s,
                 "itl_repeats": min(repeats, 3)}  # 10 lengths of 31 gaps thrice carry a p99
     later = [Step(name, {"model": model, "budget_s": 6.0}, START_S + 3) for name in brief[1:]]
     return [Step(brief[0], {"model": model, "budget_s": 6.0}, START_S + COMPILE_S), *later,
             Step(ABLATION, ablation, START_S + COMPILE_S + budget_s),
-            Step("06_partition", {"model": model, "budget_s": 6.0}, START_S + COMPILE_S)]
+            Step("06_partition", {"model": model, "budget_s": 6.0}, START_S + COMPILE_S),
+            Step("07_graph_cache", {"model": model, "budget_s": 15.0}, START_S + COMPILE_S + 15)]
 
 
 def run_all(plan: list[Step], folder: Path, console: Console,

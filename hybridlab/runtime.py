@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from hybridlab import kernels, models
-from hybridlab.buckets import bucket_for, ladder
+from hybridlab.buckets import bucket_for, captured_ahead, ladder
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
 from hybridlab.lowered import LoweredExecutor
 from hybridlab.lowering import twin
+from hybridlab.machine import ridge
 from hybridlab.partitioning import partition
 from hybridlab.plan import Plan
 from hybridlab.request import Request, request
@@ -46,6 +47,7 @@ class Token:
     text: str | None
     path: str
     ms: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,22 @@ class Output:
 
 
 class Runtime:
-    """One arm over one model. See `RuntimeConfig` for the settings; each is checked before any work starts.
+    """One arm over one model. See `RuntimeConfig` for the settings, among them those of the graph cache that are not
+    named here; each is checked before any work starts.
 
     `model` is whatever `hybridlab.load` takes; an instantiated model is never changed. A context manager.
     """
 
     def __init__(self, model: Any, arm: str = "hybrid", policy: str | Policy = "whole", device: str = "auto",
-                 dtype: str | None = None, kernels: str = "auto", buckets: Iterable[int] | None = None,
+                 dtype: str | None = None, kernels: str = "auto", buckets: Iterable[int] | str | None = None,
                  capture: str = "async", cache_bytes: int | None = None, max_len: int | None = None,
-                 fallback: str = "jit", process: str = "here", run_ahead: int = 0) -> None:
+                 fallback: str = "jit", process: str = "here", run_ahead: int = 0, **cache: Any) -> None:
+        if isinstance(buckets, Iterable) and not isinstance(buckets, str):
+            buckets = tuple(buckets)
         self.config = build(RuntimeConfig, {
-            "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels,
-            "buckets": tuple(buckets) if isinstance(buckets, Iterable) else buckets, "capture": capture,
-            "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback, "process": process,
-            "run_ahead": run_ahead,
+            "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels, "buckets": buckets,
+            "capture": capture, "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback,
+            "process": process, "run_ahead": run_ahead, **cache,
         })
         self.model = _ready(models.load(model, device=device, dtype=dtype))
         self.device: torch.device = self.model.device
@@ -86,13 +90,28 @@ class Runtime:
         self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
         if self.max_len > context:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
-        self.buckets = ladder(self.config.buckets, self.max_len)
+        self.buckets = ladder(self.config.buckets, self.max_len, self._ridge())
         self.counters = Counters()
         self._executor = self._make_executor()
         self._busy = threading.Lock()
         self._closed = False
         if capture == "ahead":
-            self.warm_up(self.buckets)
+            self._warm_up_ahead()
+
+    def _ridge(self) -> float | None:
+        """Of the machine, if the ladder of buckets is to be made from it."""
+        if self.config.buckets is not None or self.config.arm == "eager":
+            return None
+        return ridge(self.device, self.model.dtype)
+
+    def _warm_up_ahead(self) -> None:
+        """Everything that any request may need: draws of each kind too, where a graph holds the draw."""
+        lengths = captured_ahead(self.buckets, exact=self.config.buckets == "exact")
+        draws: list[dict[str, Any]] = [{}]
+        if any(op.role == "sample" and op.path == "graph" for op in self.plan.ops):
+            draws += [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
+        for draw in draws:
+            self.warm_up(lengths, **draw)
 
     def _make_executor(self) -> Executor:
         """Refuses a model that does not decode as it should, or that cannot be lowered."""
@@ -141,7 +160,7 @@ class Runtime:
                 # A character may span several tokens: hold its bytes back until it is whole.
                 whole = text.rstrip("\ufffd") if len(ids) < asked.max_new_tokens else text
                 piece, shown = whole[len(shown):], max(shown, whole, key=len)
-            yield Token(step.id, piece, step.path, ms)
+            yield Token(step.id, piece, step.path, ms, step.reason)
 
     def warm_up(self, lengths: Iterable[int], temperature: float = 0.0, top_k: int | None = None,
                 top_p: float | None = None) -> None:
@@ -172,6 +191,26 @@ class Runtime:
     def bucket_for(self, length: int) -> int | None:
         """The bucket that a prompt of `length` tokens is padded to; None in arm eager, and beyond the largest."""
         return None if self.config.arm == "eager" else bucket_for(length, self.buckets)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a capture behind requests is asked for or under way."""
+        return self._executor.capturing
+
+    def settle(self) -> None:
+        """Return when every capture behind requests is in the cache, or has failed."""
+        self._require_open()
+        with self._owned():
+            self._executor.settle()
+
+    @contextmanager
+    def sealed(self) -> Iterator[None]:
+        """A region in which nothing may be captured: what would be raises `CaptureClosed`. For timing what is warm."""
+        self._executor.seal(True)
+        try:
+            yield
+        finally:
+            self._executor.seal(False)
 
     def close(self) -> None:
         """Drop graphs and buffers. The runtime serves nothing afterwards; closing twice is fine."""

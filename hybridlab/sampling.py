@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ class Controls:
             self.temperature.fill_(sampling.temperature)
             self.top_k.fill_(min(sampling.top_k or vocabulary, vocabulary))
             self.top_p.fill_(sampling.top_p or 1.0)
+
+    def as_now(self) -> Controls:
+        """The same buffers, drawing as now also when the next request draws otherwise."""
+        return copy(self)
 
     @property
     def mode(self) -> str:

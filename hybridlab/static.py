@@ -27,16 +27,18 @@ SCALE = 2      # of the PNG
 POINT = 72 / DPI
 SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "font.family": "DejaVu Sans", "path.simplify": False}
 DASHES = {None: "-", "solid": "-", "dash": "--", "dot": ":"}
-SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "line-ew-open": "_"}
+SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v",
+           "x": "X", "cross": "P", "line-ew-open": "_"}
+PANELS = ("", "2", "3", "4")  # pairs of axes that a figure may have
 HATCHES = {"": "", "/": "////", "x": "xxxx", ".": "..."}
 HORIZONTAL = {None: "center", "auto": "center", "left": "left", "center": "center", "right": "right"}
 VERTICAL = {None: "center", "auto": "center", "top": "top", "middle": "center", "bottom": "bottom"}
 DRAWN = {  # what is drawn; the second set exists on screen only and is left out on purpose
     "layout": ({"title", "font", "width", "height", "margin", "paper_bgcolor", "plot_bgcolor", "legend", "annotations",
-                "xaxis", "yaxis", "xaxis2", "yaxis2", "showlegend", "barmode"},
+                "showlegend", "barmode", *(f"{name}axis{number}" for name in "xy" for number in PANELS)},
                {"template", "hovermode", "updatemenus"}),
     "axis": ({"anchor", "domain", "showgrid", "gridcolor", "showline", "linecolor", "zeroline", "ticks", "title",
-              "type", "range", "tickvals", "ticktext", "tickfont"}, set()),
+              "type", "range", "tickvals", "ticktext", "tickfont", "showticklabels"}, {"matches"}),
     "trace": ({"type", "x", "y", "xaxis", "yaxis", "mode", "line", "marker", "opacity", "error_x", "error_y", "name",
                "showlegend", "legendgroup", "fill", "fillcolor", "visible"},
               {"customdata", "hovertemplate", "hoverinfo", "meta"}),
@@ -78,7 +80,7 @@ def _render(figure: go.Figure) -> Figure:
     canvas = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=layout["paper_bgcolor"])
     FigureCanvasAgg(canvas)
     axes = {}
-    for number in ("", "2"):
+    for number in PANELS:
         if f"xaxis{number}" in layout:
             axes[f"x{number}", f"y{number}"] = _axes(canvas, layout, number)
     handles: dict[str, Any] = {}
@@ -142,6 +144,8 @@ def _axes(canvas: Figure, layout: dict[str, Any], number: str) -> Axes:
             axis.grid(True, color=settings.get("gridcolor", "#E6E6E6"), linewidth=0.8)
         ticks = settings["tickfont"]["size"] * POINT if "tickfont" in settings else size * 0.86
         axis.set_tick_params(labelsize=ticks, colors=layout["font"]["color"], length=3.5)
+        if not settings.get("showticklabels", True):
+            axis.set_tick_params(labelbottom=False, labelleft=False)
         if settings.get("type", "linear") not in ("linear", "log", "-"):
             raise FigureError(f"axis type {settings['type']!r} cannot be drawn without a browser")
         label = axis.set_label_text(_plain(settings.get("title", {}).get("text", "")), fontsize=size,
@@ -274,9 +278,12 @@ def _legend(canvas: Figure, layout: dict[str, Any], handles: dict[str, Any]) -> 
     given = _only("legend", layout["legend"])
     if (given["orientation"], given["xanchor"], given["yanchor"]) != ("h", "left", "bottom"):
         raise FigureError("only a horizontal legend placed by its lower left corner can be drawn without a browser")
-    if handles and layout["showlegend"]:
-        drawn = canvas.legend(list(handles.values()), list(handles), loc="lower left", ncols=len(handles),
+    for columns in range(len(handles) if layout["showlegend"] else 0, 0, -1):  # as many as fit side by side
+        drawn = canvas.legend(list(handles.values()), list(handles), loc="lower left", ncols=columns,
                               bbox_to_anchor=_place(layout, given["x"], given["y"]), frameon=False, borderpad=0,
                               borderaxespad=0.2, fontsize=layout["font"]["size"] * POINT)
         for text in drawn.get_texts():
             _write(text)
+        if columns == 1 or drawn.get_window_extent().x1 <= layout["width"]:
+            return
+        drawn.remove()

@@ -7,7 +7,8 @@ calls; instantiating gives every intermediate a place in one arena, reused once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,24 +55,64 @@ class _Call:
         return [t for t in tree_iter(self.out) if isinstance(t, Tensor)]
 
 
+class Pool:
+    """Memory that tapes share which never run at the same time: as much as the largest of them needs."""
+
+    def __init__(self) -> None:
+        self._largest = _block(0)
+
+    def reserve(self, nbytes: int) -> tuple[torch.UntypedStorage, int]:
+        """A block of at least `nbytes`, and by how much the pool has grown for it. Tapes made before keep theirs."""
+        if nbytes <= self._largest.nbytes():
+            return self._largest, 0
+        self._largest = _block(nbytes)
+        return self._largest, nbytes
+
+
+def _block(nbytes: int) -> torch.UntypedStorage:
+    return torch.zeros(nbytes, dtype=torch.uint8).untyped_storage()
+
+
+class _Copies:
+    """Stand-ins for given tensors: operations run on them, and what was recorded is about the tensors themselves."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        own = {storage(t): t.untyped_storage() for t in tensors}
+        self.copy = {address: whole.clone() for address, whole in own.items()}
+        self.origin = {self.copy[address].data_ptr(): whole for address, whole in own.items()}
+
+    def instead(self, tensor: Tensor) -> Tensor:
+        return over(self.copy[storage(tensor)], tensor) if storage(tensor) in self.copy else tensor
+
+    def original(self, tensor: Tensor) -> Tensor:
+        return over(self.origin[storage(tensor)], tensor) if storage(tensor) in self.origin else tensor
+
+
+def over(whole: torch.UntypedStorage, like: Tensor, offset: int | None = None) -> Tensor:
+    """A tensor like another over other memory, at `offset` elements, or at its own."""
+    at = like.storage_offset() if offset is None else offset
+    return torch.empty(0, dtype=like.dtype).set_(whole, at, like.shape, like.stride())
+
+
 class _Recorder(TorchDispatchMode):
     """Runs every operation and keeps it. The specification ops are recorded as the plain PyTorch they consist of."""
 
-    def __init__(self, leave_outside: Callable[[Any], bool]) -> None:
+    def __init__(self, leave_outside: Callable[[Any], bool], copies: _Copies) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        self.leave_outside = leave_outside
+        self.leave_outside, self.copies = leave_outside, copies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self.copies.instead, (args, kwargs or {}))
         outside = self.leave_outside(func)
         if func.namespace == "hybridlab" and not outside:
             with self:
-                return ops.REFERENCE[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
+                return ops.REFERENCE[func._schema.name.split("::")[1]](*args, **kwargs)
         if reads_back(func, args):
             raise CaptureFailed(f"{func} reads a value back to the host", "no graph can hold that",
                                 "keep the value in device memory, or leave this step outside the graph")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append(_Call(func, args, kwargs or {}, out, outside))
+        out = func(*args, **kwargs)
+        self.calls.append(_Call(func, args, kwargs, out, outside))
         return out
 
 
@@ -79,15 +120,22 @@ class Tape:
     """A recorded launch sequence. `replay` runs it over the tensors it was recorded with.
 
     Operations that `leave_outside` names are no part of a graph: between the graphs they run through the dispatcher,
-    as they would from Python. `graphs` counts the graphs of one replay.
+    as they would from Python. `graphs` counts the graphs of one replay. The tensors in `private` keep their values
+    while it is recorded. Its intermediates lie in `pool`, or in memory of its own: `nbytes`.
     """
 
-    def __init__(self, function: Callable[[], None], leave_outside: Callable[[Any], bool] | None = None) -> None:
-        recorder = _Recorder(leave_outside or (lambda _: False))
+    def __init__(self, function: Callable[[], None], leave_outside: Callable[[Any], bool] | None = None,
+                 pool: Pool | None = None, private: Sequence[Tensor] = ()) -> None:
+        start = time.perf_counter()
+        copies = _Copies(private)
+        recorder = _Recorder(leave_outside or (lambda _: False), copies)
         with torch.no_grad(), recorder:
             function()
+        recorded = time.perf_counter()
         with torch.no_grad():
-            self.nbytes, launches = _instantiate(recorder.calls)
+            grown, launches = _instantiate(recorder.calls, copies, pool or Pool())
+        self.nbytes, self.pool_bytes = (grown, 0) if pool is None else (0, grown)
+        self.capture_ms, self.instantiate_ms = (recorded - start) * 1e3, (time.perf_counter() - recorded) * 1e3
         self.graphs = sum(not outside for outside, _ in groupby(outside for _, outside in launches))
         self._calls = [call for call, _ in launches]
 
@@ -97,7 +145,7 @@ class Tape:
                 call()
 
     def reset(self) -> None:
-        self._calls, self.nbytes = [], 0
+        self._calls = []
 
     def __len__(self) -> int:
         """Launches in one replay."""
@@ -111,37 +159,38 @@ def launches_nothing(function: Any) -> bool:
 
 def fresh(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
     """The tensors that a call made, in order: no views of its arguments and not the arguments that it wrote."""
-    given = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-    return [t for t in tree_iter(out) if isinstance(t, Tensor) and _storage(t) not in given]
+    given = {storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+    return [t for t in tree_iter(out) if isinstance(t, Tensor) and storage(t) not in given]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """The address of the memory that a tensor looks at."""
     return tensor.untyped_storage().data_ptr()
 
 
-def _instantiate(calls: list[_Call]) -> tuple[int, list[tuple[Callable[[], Any], bool]]]:
-    """Arena size in bytes, and the calls over tensors in the arena, each with whether it is outside.
+def _instantiate(calls: list[_Call], copies: _Copies,
+                 pool: Pool) -> tuple[int, list[tuple[Callable[[], Any], bool]]]:
+    """Bytes by which `pool` grew, and the calls over tensors in it, each with whether it is outside.
 
     Dropped are views, whose addresses are fixed, and constants, whose values are.
     """
     calls = _without_constants(calls)
     births, deaths, sizes = _lifetimes(calls)
     offsets, total = _place(births, deaths, sizes)
-    arena = torch.zeros(total, dtype=torch.uint8).untyped_storage()
+    arena, grown = pool.reserve(total)
     moved: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
-        offset = offsets.get(_storage(tensor))
+        offset = offsets.get(storage(tensor))
         if offset is None:
-            return tensor
+            return copies.original(tensor)
         if id(tensor) not in moved:
-            at = offset // tensor.element_size() + tensor.storage_offset()
-            moved[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(arena, at, tensor.shape, tensor.stride())
+            moved[id(tensor)] = over(arena, tensor, offset // tensor.element_size() + tensor.storage_offset())
         return moved[id(tensor)]
 
     launches = []
     for index, call in enumerate(calls):
-        made = [t for t in call.outputs if births.get(_storage(t)) == index]
+        made = [t for t in call.outputs if births.get(storage(t)) == index]
         if made or call.mutates:
             args, kwargs = tree_map_only(Tensor, move, (call.args, call.kwargs))
             if call.function.namespace == "hybridlab_jit" and not call.outside:
@@ -149,15 +198,15 @@ def _instantiate(calls: list[_Call]) -> tuple[int, list[tuple[Callable[[], Any],
             else:
                 launch = again(call.function, args, kwargs, [move(t) for t in made], (call.args, call.kwargs, made))
             launches.append((launch, call.outside))
-    return total, launches
+    return grown, launches
 
 
 def _without_constants(calls: list[_Call]) -> list[_Call]:
     """The calls less those that make the same tensor at every replay: from nothing, and written by nobody after."""
-    written = {_storage(t) for call in calls if call.mutates for t in call.inputs}
+    written = {storage(t) for call in calls if call.mutates for t in call.inputs}
     return [call for call in calls
             if call.mutates or any(True for _ in call.inputs) or torch.Tag.nondeterministic_seeded in call.function.tags
-            or any(_storage(t) in written for t in call.outputs)]
+            or any(storage(t) in written for t in call.outputs)]
 
 
 def _lifetimes(calls: list[_Call]) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
@@ -168,13 +217,13 @@ def _lifetimes(calls: list[_Call]) -> tuple[dict[int, int], dict[int, int], dict
     sizes: dict[int, int] = {}
     outside: set[int] = set()
     for index, call in enumerate(calls):
-        read = {_storage(t) for t in call.inputs}
+        read = {storage(t) for t in call.inputs}
         outside |= read - births.keys()
         for tensor in call.outputs:
-            where = _storage(tensor)
+            where = storage(tensor)
             if where not in births and where not in outside and tensor.numel():
                 births[where], sizes[where] = index, tensor.untyped_storage().nbytes()
-        for where in read | {_storage(t) for t in call.outputs}:
+        for where in read | {storage(t) for t in call.outputs}:
             if where in births:
                 deaths[where] = index
     return births, deaths, sizes

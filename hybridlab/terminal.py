@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from hybridlab.config import policy_name
 from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PlanError, PromptError
@@ -25,6 +28,32 @@ COLOURS = {"graph": "blue", "jit": "dark_orange", "eager": "grey50"}
 DONE, FAILED, REFUSAL, INTERRUPTED = 0, 1, 2, 130
 
 err = Console(stderr=True)
+
+
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """An option of a command with its sentence of help."""
+    return typer.Option(*names, help=text, **settings)
+
+
+def examples(*lines: str) -> str:
+    """The examples under a command's help, in Markdown."""
+    return "**Examples**\n\n" + "\n".join(f"* `{line}`" for line in lines)
+
+
+class Pairs(TyperCommand):
+    """Lets `-p NAME VALUE` take two words, as papermill does; Typer's repeatable options take one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined, rest = [], iter(args)
+        for word in rest:
+            joined.append(word)
+            if word in ("-p", "--parameter"):
+                name = next(rest, None)
+                if name is not None and "=" not in name:
+                    value = next(rest, None)
+                    name = name if value is None else f"{name}={value}"
+                joined += [] if name is None else [name]
+        return list(super().parse_args(ctx, joined))
 
 
 @contextmanager
@@ -42,6 +71,19 @@ def errors(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("interrupted; what was finished is kept")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def prompt(text: str | None, ids: str | None) -> str | list[int]:
+    """What the user wants continued: PROMPT, or the numbers of --ids. Raises: PromptError unless one is given."""
+    if (text is None) == (ids is None):
+        raise PromptError("give a PROMPT or --ids" + ("" if text is None else ", not both"), "",
+                          "hybridlab generate 'The for statement'")
+    if text is not None:
+        return text
+    try:
+        return [int(part) for part in str(ids).replace(",", " ").split()]
+    except ValueError:
+        raise PromptError("--ids holds something that is no number", str(ids)[:80], "write it like '1 17 23'") from None
 
 
 def stream(tokens: Iterable[Any], before: str = "") -> list[Any]:
@@ -120,6 +162,19 @@ def plan(found: Plan, kind: str | None = None) -> None:
             table.add_row(of_kind, escape(printable(reason)), escape(names), f"{own['launches'].sum():,}",
                           f"{own['flops'].sum() / 1e6:,.2f}", f"{own['bytes'].sum() / 1e6:,.2f}")
     out.print(table)
+
+
+def results(tables: Iterable[Table], reading: str) -> None:
+    """A run on stdout: its tables, then what they say in words."""
+    out = Console(width=None if sys.stdout.isatty() else WIDE)
+    for table in tables:
+        out.print(table)
+    out.print(printable(reading), highlight=False, markup=False)
+
+
+def near(path: Path) -> str:
+    """The path as one types it from here."""
+    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
 
 
 def printable(text: str) -> str:

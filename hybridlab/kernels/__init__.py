@@ -16,12 +16,11 @@ import triton
 from hybridlab import ops
 from hybridlab.kernels import attend, inductor, inputs, sample
 
-_TRITON_COMPILES: list[int] = []  # the thread of each compilation
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
 
 def _note_compile(**event: Any) -> Any:
-    _TRITON_COMPILES.append(threading.get_ident())
+    inductor.COMPILED_BY.append((threading.get_ident(), str(event["repr"]).partition("[")[0]))
     return _EARLIER_HOOK(**event) if _EARLIER_HOOK else None
 
 
@@ -43,9 +42,15 @@ def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
     return inductor.bind(name, args)
 
 
+def compiled() -> list[str]:
+    """The kernels that this thread has compiled so far, by name: what another thread compiles is not this one's."""
+    own = threading.get_ident()
+    return [name for thread, name in list(inductor.COMPILED_BY) if thread == own]
+
+
 def compiles() -> int:
     """JIT compilations by this thread so far."""
-    return inductor.count() + _TRITON_COMPILES.count(threading.get_ident())
+    return len(compiled())
 
 
 def _run(name: str) -> Callable[..., None]:

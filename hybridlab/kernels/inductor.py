@@ -23,13 +23,8 @@ from hybridlab.errors import JITUnavailable
 Compiled = Callable[..., Any]
 
 _COMPILED: dict[tuple[Any, ...], Compiled] = {}
-_COMPILED_BY: list[int] = []  # the thread of each compilation
+COMPILED_BY: list[tuple[int, str]] = []  # the thread and the kernel of each compilation, Triton's included
 _LOCK = threading.Lock()
-
-
-def count() -> int:
-    """Compilations by this thread so far: what another thread compiles meanwhile is not this one's."""
-    return _COMPILED_BY.count(threading.get_ident())
 
 
 def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
@@ -62,5 +57,5 @@ def _compile(name: str, args: tuple[Any, ...]) -> Compiled:
     tensors = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) for a in args if isinstance(a, Tensor)]
     with torch.no_grad():
         compiled = torch._inductor.compile(make_fx(on_tensors)(*tensors), tensors)
-    _COMPILED_BY.append(threading.get_ident())
+    COMPILED_BY.append((threading.get_ident(), name))
     return compiled

@@ -15,7 +15,7 @@ def _pad(prompt, length, ids, last, bucket, block: tl.constexpr):
     count = tl.load(length)
     tl.store(ids + at, tl.load(prompt + at, mask=(at < count) & (at < bucket), other=0), mask=at < bucket)
     if tl.program_id(0) == 0:
-        tl.store(last, count - 1)
+        tl.store(last, tl.minimum(count, bucket) - 1)
 
 
 @triton.jit

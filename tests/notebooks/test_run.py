@@ -17,12 +17,13 @@ import nbformat
 import numpy as np
 import pytest
 
-from hybridlab import notebooks, records
+from hybridlab import answers, notebooks, records
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+CACHE = "07_graph_cache"  # its rows are those of a cache run
 PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
 ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
            "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS),
@@ -309,7 +310,7 @@ def alive(pid: int) -> bool:
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != CACHE], ids=lambda path: path.stem)
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
     small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "budget_s": 5.0, "device": "cpu"}
@@ -324,7 +325,27 @@ def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path)
     assert not rows[["captures", "compiles"]].to_numpy().any()
     for arm, path_of_arm in {"eager": "eager", "hybrid": "graph"}.items():
         assert set(rows.loc[rows["arm"] == arm, "path"]) <= {path_of_arm}
-    figures = [output for cell in nbformat.read(done.path, as_version=4).cells for output in cell.get("outputs", ())
+    require_figures(done.path)
+
+
+@pytest.mark.slow
+def test_the_cache_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> None:
+    """A question that is posed and answered with "not in these rows" would leave the reader with nothing."""
+    small = {"requests": 12, "compare": [{"capture": "never"}, {"capture": "async"}], "cost_lengths": [9],
+             "cost_repeats": 1, "disturb": ["cooperative"], "disturb_captures": 1, "device": "cpu"}
+    done = notebooks.run(FOLDER / f"{CACHE}.ipynb", small, root=tmp_path / "runs", progress=False)
+    recorded = records.read(done.run_path)
+    assert recorded.status == "complete"
+    first = recorded.rows[(recorded.rows["part"] == "stream") & (recorded.rows["metric"] == "ttft")]
+    assert first.groupby("setting").size().to_dict() == {"capture=async": 12, "capture=never": 12}
+    assert set(first.loc[first["setting"] == "capture=never", "path"]) == {"jit"}
+    assert set(recorded.rows["part"]) == {"stream", "cost", "disturb"}
+    assert not answers.table(recorded.rows)["answer"].str.startswith("Not in these rows").any()
+    require_figures(done.path)
+
+
+def require_figures(path: Path) -> None:
+    figures = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())
                if "application/vnd.plotly.v1+json" in output.get("data", ())]
     assert figures
     assert all("text/html" in figure["data"] for figure in figures), "it would vanish from an HTML export"

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from hybridlab import cache as module
 from hybridlab import graphs
+from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
-from hybridlab.graphs import GraphCache
 
-SIZE = 1024  # floats: each captured graph below needs 4 KiB for its one intermediate
-
-
-def cache(budget: int | None = None) -> GraphCache:
-    return GraphCache(torch.device("cpu"), budget, Counters())
+SIZE = 1024  # floats: each graph below needs 8 KiB for its two intermediates
+BYTES = 2 * 4 * SIZE
 
 
-def doubler(x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
-    return lambda: out.copy_(x * 2 + 1)
+def new(**settings: Any) -> GraphCache:
+    return GraphCache(torch.device("cpu"), Counters(), **{"pool": "private", **settings})
 
 
-def filled(budget: int | None, keys: str) -> tuple[GraphCache, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    held, tensors = cache(budget), {}
-    for key in keys:
-        tensors[key] = torch.full((SIZE,), float(ord(key))), torch.zeros(SIZE)
-        held.capture(key, doubler(*tensors[key]), list(tensors[key]))
-    return held, tensors
+def job(key: str, size: int = SIZE, pin: bool = False) -> Job:
+    x, out = torch.full((size,), float(ord(key))), torch.zeros(size)
+    return Job(key, lambda: out.copy_(x * 2 + 1), [x, out], pin=pin)
+
+
+def filled(keys: str, **settings: Any) -> tuple[GraphCache, dict[str, Job]]:
+    held, jobs = new(**settings), {key: job(key) for key in keys}
+    for each in jobs.values():
+        held.capture(each)
+    return held, jobs
 
 
 def replay(held: GraphCache, key: str) -> None:
@@ -36,71 +38,162 @@ def replay(held: GraphCache, key: str) -> None:
         launch()
 
 
-def test_least_recently_used_goes_first() -> None:
+def there(held: GraphCache, keys: str) -> str:
+    return "".join(key for key in keys if key in held)
+
+
+@pytest.mark.parametrize("limit", [{"budget": 2 * BYTES}, {"most": 2}])
+def test_least_recently_used_goes_first(limit: dict[str, int]) -> None:
     """Eviction by age of capture, or of the graph just captured."""
-    held, tensors = filled(None, "ab")
-    one = held.counters.graph_bytes // 2
-    held.budget = 2 * one
+    held, _ = filled("ab", **limit)
     replay(held, "a")
-    tensors["c"] = torch.ones(SIZE), torch.zeros(SIZE)
-    held.capture("c", doubler(*tensors["c"]), [])
-    assert [key in held for key in "abc"] == [True, False, True]
-    assert held.counters.evictions == 1
-    assert held.counters.graph_bytes == 2 * one
+    gone: list[Any] = []
+    held.on_evict = gone.append
+    held.capture(job("c"))
+    assert (there(held, "abc"), gone, held.counters.evictions) == ("ac", ["b"], 1)
+    assert (held.counters.graph_bytes, held.counters.graphs) == (2 * BYTES, 2)
 
 
 def test_nothing_leased_is_evicted() -> None:
-    """Memory of a graph in flight given to another."""
-    held, _ = filled(None, "a")
-    held.budget = 1
+    """Memory of a graph in flight given to another; or a lease that ends with the first of two holders."""
+    held, _ = filled("a", most=1)
     with held.lease("a") as launch:
-        x, out = torch.ones(SIZE), torch.zeros(SIZE)
-        held.capture("b", doubler(x, out), [])
-        assert "a" in held
+        with held.lease("a"):
+            pass
+        held.capture(job("b"))
+        assert there(held, "ab") == "ab"
         launch()
-    assert held.counters.evictions == 0
+    held.capture(job("c"))
+    assert there(held, "abc") == "c"
 
 
 def test_what_is_pinned_stays() -> None:
     """A graph that every token needs evicted for one that is needed once."""
-    held, _ = filled(None, "")
-    x, out = torch.ones(SIZE), torch.zeros(SIZE)
-    held.capture("a", doubler(x, out), [], pin=True)
-    held.budget = 1
-    held.capture("b", doubler(x, out), [])
-    held.capture("c", doubler(x, out), [])
-    assert [key in held for key in "abc"] == [True, False, True]
+    held = new(budget=1)
+    for each in (job("a", pin=True), job("b"), job("c")):
+        held.capture(each)
+    assert there(held, "abc") == "ac"
 
 
 def test_counters_add_up() -> None:
-    """A replay or a byte that nobody counted."""
-    held, tensors = filled(None, "abc")
+    """A replay, a graph or a byte that nobody counted."""
+    held, jobs = filled("abc")
     for key in "aab":
         replay(held, key)
-    assert torch.equal(tensors["a"][1], tensors["a"][0] * 2 + 1)
+    x, out = jobs["a"].buffers
+    assert torch.equal(out, x * 2 + 1)
     counted = held.counters
-    assert (counted.captures, counted.replays, counted.evictions, len(held)) == (3, 3, 0, 3)
+    assert (counted.captures, counted.replays, counted.evictions, counted.graphs, len(held)) == (3, 3, 0, 3, 3)
+    assert counted.graph_bytes == 3 * BYTES
     held.clear()
-    assert (counted.graph_bytes, len(held)) == (0, 0)
+    assert (counted.graph_bytes, counted.graphs, len(held)) == (0, 0, 0)
+
+
+def test_a_shared_pool_is_as_large_as_the_largest_and_goes_with_the_last() -> None:
+    """A pool that grows with every graph, is counted for each, or outlives them all."""
+    held = new(pool="shared", most=2)
+    sizes = []
+    for key, size in (("a", SIZE), ("b", SIZE // 2), ("c", SIZE), ("d", 2 * SIZE)):
+        held.capture(job(key, size))
+        sizes.append(held.counters.graph_bytes)
+    assert sizes == [BYTES, BYTES, BYTES, BYTES + 2 * BYTES]
+    for key in "cd":
+        replay(held, key)
+    held.clear()
+    assert held.counters.graph_bytes == 0
+    held.capture(job("e"))
+    assert held.counters.graph_bytes == BYTES
+
+
+def test_graphs_of_one_pool_give_equal_results_in_every_order() -> None:
+    """A value that one graph leaves in the pool for another's replay, or for its own next one."""
+    held, jobs = filled("abc", pool="shared")
+    for order in ("abc", "cba", "bbac"):
+        for key in order:
+            x, out = jobs[key].buffers
+            x.add_(1)
+            out.fill_(-1)
+            replay(held, key)
+            assert torch.equal(out, x * 2 + 1)
+
+
+def test_all_go_where_one_by_one_is_not_safe() -> None:
+    """A graph reset while others live that share something with it; the newest not there after its capture."""
+    held, jobs = filled("abc", most=2, one_by_one=False)
+    assert (there(held, "abc"), held.counters.evictions, held.counters.captures) == ("c", 3, 4)
+    replay(held, "c")
+    held.capture(jobs["a"])
+    assert there(held, "abc") == "ac"
+
+
+def test_all_stay_while_one_is_in_flight() -> None:
+    """All evicted under a replay that is on its way."""
+    held, _ = filled("ab", most=2, one_by_one=False)
+    with held.lease("a"):
+        held.capture(job("c"))
+        assert there(held, "abc") == "abc"
 
 
 def test_a_failed_capture_leaves_the_cache_as_it_was() -> None:
     """Half a graph in the cache, a key tried for ever, or a reason that is lost."""
-    held, _ = filled(None, "a")
-    before = held.counters.graph_bytes
+    held, _ = filled("a")
     x = torch.ones(3)
-    with pytest.raises(CaptureFailed, match="reads a value back"):
-        held.capture("bad", lambda: x.mul_(x.sum().item()), [x])
-    assert "bad" not in held
+    for _ in range(50):
+        with pytest.raises(CaptureFailed, match="reads a value back"):
+            held.capture(Job("bad", lambda: x.mul_(x.sum().item()), [x], state=[x]))
+    assert torch.equal(x, torch.ones(3))
     assert "reads a value back" in held.failed["bad"]
-    assert (held.counters.captures, held.counters.failures, held.counters.graph_bytes) == (1, 1, before)
+    assert (held.counters.captures, held.counters.failures, held.counters.graph_bytes, len(held)) == (1, 50, BYTES, 1)
     replay(held, "a")
+
+
+def test_recording_changes_nothing_outside() -> None:
+    """A capture behind a request that moves on the position of the token being made."""
+    held, state, out = new(), torch.zeros(4), torch.zeros(2)
+
+    def step() -> None:
+        state.add_(1)
+        out.copy_(state[1:3] * 10)
+
+    made = Job("key", step, [state, out])
+    graph, ms = held.record(made)
+    assert (state.sum().item(), out.sum().item(), len(held)) == (0, 0, 0)
+    held.adopt(made, graph, ms)
+    for times in (1, 2):
+        replay(held, "key")
+        assert (state.tolist(), out.tolist()) == ([times] * 4, [10 * times] * 2)
+
+
+def test_what_was_captured_twice_is_kept_once() -> None:
+    """A graph that nobody holds and nobody resets, its bytes counted for ever."""
+    held, jobs = filled("a")
+    held.adopt(jobs["a"], *held.record(jobs["a"]))
+    assert (held.counters.captures, held.counters.graph_bytes) == (1, BYTES)
+
+
+def test_room_is_made_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture given up while graphs that nobody needs hold the memory; or one that never gives up."""
+    held, _ = filled("ab")
+    record, refused = graphs.record, []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if len(held):
+            refused.append(len(held))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr(module.graphs, "record", full)
+    held.capture(job("c"))
+    assert (there(held, "abc"), refused, held.counters.evictions) == ("c", [2], 2)
+    with held.lease("c"), pytest.raises(CaptureFailed, match=r"out of memory · lower cache_bytes"):
+        held.capture(job("d"))
+    assert "c" in held
 
 
 def test_a_moved_buffer_is_refused() -> None:
     """A replay that reads memory which is no longer the buffer's."""
-    held, tensors = filled(None, "a")
-    x, out = tensors["a"]
+    held, jobs = filled("a")
+    x, out = jobs["a"].buffers
     x.set_(torch.zeros(SIZE))
     out.fill_(-1)
     with pytest.raises(StaleAddress, match="moved since capture"):
@@ -110,17 +203,23 @@ def test_a_moved_buffer_is_refused() -> None:
 
 def test_captures_can_be_closed() -> None:
     """A capture in the middle of a timed region."""
-    held = cache()
+    held = new()
     held.closed = True
-    with pytest.raises(CaptureClosed, match="timed region"):
-        held.capture("a", lambda: None, [])
+    for capture in (held.capture, held.record):
+        with pytest.raises(CaptureClosed, match="timed region"):
+            capture(job("a"))
 
 
-def test_a_kernel_compiled_during_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warm-up that ran another program than the one captured."""
-    counts = iter([0, 1])
-    monkeypatch.setattr(graphs.kernels, "compiles", lambda: next(counts))
-    held = cache()
-    with pytest.raises(CaptureFailed, match="compiled during capture"):
-        held.capture("a", doubler(torch.ones(4), torch.zeros(4)), [])
+def test_a_kernel_compiled_during_capture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up that ran another program than the one captured, and an error that leaves it to be guessed which."""
+    compiled: list[str] = ["earlier"]
+    monkeypatch.setattr(module.kernels, "compiled", lambda: list(compiled))
+    held, asked, runs = new(), job("a"), iter([[], ["attend"]])
+
+    def compiles_late() -> None:
+        compiled.extend(next(runs))
+        asked.function()
+
+    with pytest.raises(CaptureFailed, match="kernel attend was compiled during capture"):
+        held.capture(asked._replace(function=compiles_late))
     assert "a" not in held

@@ -13,13 +13,26 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
-from hybridlab import cli, committed, notebooks, parameters, paths, records, report, reproduce, terminal
-from hybridlab.config import PAPER_LENGTHS, Policy, RunConfig, build
+from hybridlab import (
+    cachelab,
+    cli,
+    committed,
+    models,
+    notebooks,
+    parameters,
+    paths,
+    records,
+    report,
+    reproduce,
+    terminal,
+    workload,
+)
+from hybridlab.config import PAPER_LENGTHS, CacheConfig, Policy, RunConfig, build
 from hybridlab.errors import CaptureFailed, ConfigError, ModelError, NotebookFailed
 from hybridlab.experiment import Result as Recorded
 from hybridlab.plan import Plan
 
-COMMANDS = ("env", "partition", "generate", "run", "reproduce", "check")
+COMMANDS = ("env", "partition", "generate", "run", "cache", "reproduce", "check")
 
 
 def invoke(*arguments: str) -> Result:
@@ -188,6 +201,79 @@ def test_run_refuses_half_a_parameter(arguments: list[str], tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+def test_cache_hands_its_options_over_and_shows_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An option that does not arrive, or a trace saved that is not the one served, would mislead without a sign."""
+    seen: dict[str, Any] = {}
+    real = cachelab.run
+
+    def run(config: CacheConfig, root: Path) -> cachelab.CacheResult:
+        seen.update({"config": config, "root": root})
+        return real(CacheConfig(model="random:tiny-llama-3", device="cpu", trace="grid", requests=3, new_tokens=2,
+                                repeats=1, compare=({"capture": "sync", "buckets": [64, 512]},)), root, progress=False)
+
+    monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
+    monkeypatch.setattr(cachelab, "run", run)
+    got = invoke("cache", "zipf", "--requests", "7", "--new-tokens", "2", "--repeats", "4", "--model", "tiny",
+                 "--compare", "capture=async behind=thread", "--compare", "capture=sync buckets=16,64 cache_graphs=5",
+                 "--cost", "64", "--cost", "8", "--disturb", "thread", "--device", "cpu", "--dtype", "float32",
+                 "--seed", "3", "--save-trace", str(tmp_path / "served.csv"), "--runs", str(tmp_path / "runs"))
+    assert got.exit_code == 0, got.stderr
+    assert seen["root"] == tmp_path / "runs"
+    assert seen["config"] == build(CacheConfig, {
+        "trace": "zipf", "requests": 7, "new_tokens": 2, "repeats": 4, "cost_lengths": [64, 8], "disturb": ["thread"],
+        "compare": [{"capture": "async", "behind": "thread"},
+                    {"capture": "sync", "buckets": [16, 64], "cache_graphs": 5}],
+        "device": "cpu", "dtype": "float32", "seed": 3})
+    (path,) = (tmp_path / "runs").glob("*/*")
+    assert f"run      {path}" in got.stdout
+    assert "Graph cache · run" in got.stdout
+    assert "a first token took" in got.stdout
+    served = cachelab.CacheResult.open(path).requests()
+    assert workload.read(tmp_path / "served.csv") == served == workload.make("grid", 3, 2, 0)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["zpif"], "did you mean 'zipf'"), (["--compare", "capture=snyc"], "did you mean 'sync'"),
+    (["--compare", "capture"], "has no value"), (["--compare", "arm=graph"], "leave it out"),
+    (["--compare", "cache_graphs=x"], "cache_graphs is 'x'"), (["--device", "gpu", "--disturb", "x"], ""),
+    (["none.csv"], "cannot be read"), (["--save-trace", "none/a.csv"], "--save-trace"), (["--seed", "-1"], "seed"),
+    (["--disturb", "thraed"], "did you mean 'thread'"), (["--cost", "0"], "cost_lengths"),
+])
+def test_cache_refuses_bad_input(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+                                 tmp_path: Path) -> None:
+    """Bad input must cost no model load, leave no run and give exit code 2."""
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    got = invoke("cache", *arguments, "--runs", str(tmp_path / "runs"))
+    assert (got.exit_code, got.stdout) == (2, "")
+    assert message in got.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cache_runs_are_verified_shown_and_not_drawn(checkout: Path) -> None:
+    """A committed cache run must be checked like any other, and must not hide the machine's ablation from redraw."""
+    config = CacheConfig(device="cpu", compare=({"capture": "sync"},))
+    run = records.Run.create(config, checkout / "data" / "runs", run_id="99991231-000000-ffff")
+    own = {"part": "stream", "setting": "capture=sync", "prompt_tokens": 9, "bucket": 16, "reason": "", "hits": 1,
+           "misses": 0, "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 1,
+           "graph_bytes": 64, "capturing": False}
+    run.append([own | {"round": round_, "request": n, "index": 0 if metric == "ttft" else -1, "metric": metric,
+                       "ms": 2.0, "path": "graph"}
+                for round_ in range(3) for n in range(4) for metric in ("ttft", "after")])
+    run.finish("complete")
+    name = run.path.relative_to(checkout / "data" / "runs").as_posix()
+    readme = checkout / "README.md"
+    readme.write_text(readme.read_text() + f"\n<!-- table: cache run={name} -->\n<!-- /table -->\n")
+    assert invoke("check", "--root", str(checkout), "--write").exit_code == 0
+    assert "| capture=sync | 2.00 [2.00, 2.00] |" in readme.read_text()
+    assert "100.0 %" in readme.read_text()
+    assert invoke("check", "--root", str(checkout)).exit_code == 0
+    assert "ablation.svg" in {file.name for file in committed.redraw(checkout)}
+    readme.write_text(f"<!-- table: ablation run={name} -->\n<!-- /table -->\n")
+    assert "of kind cache" in invoke("check", "--root", str(checkout)).stderr
+
+
 # ---- reproduce ------------------------------------------------------------------------------------------------------
 
 def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
@@ -195,7 +281,8 @@ def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     folder = Path(__file__).resolve().parents[2] / "notebooks"
     plan = reproduce.steps("tiny", 5, 10.0)
     assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
-                                                "04_hybrid", "05_ablation", "06_partition"]
+                                                "04_hybrid", "05_ablation", "06_partition",
+                                                "07_graph_cache"]
     configs = {step.notebook: notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan}
     ablation = configs["05_ablation"]
     assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
@@ -312,7 +399,7 @@ def test_tables_show_the_rows(checkout: Path) -> None:
 
 def test_numbers_keep_three_digits_and_cells_stay_in_their_column() -> None:
     """A bar in a model name would add a column, and 1.23e+03 is no way to write milliseconds."""
-    assert [report._number(value) for value in (0.01234, 0.5, 3.14159, 31.4159, 314.159, 3141.59, 0.0)] == [
+    assert [report.number(value) for value in (0.01234, 0.5, 3.14159, 31.4159, 314.159, 3141.59, 0.0)] == [
         "0.0123", "0.500", "3.14", "31.4", "314", "3142", "0.000"]
     text = report.Grid("a|b <i>", ["x|y", "z"], [["1|2", "3"]], "note").markdown()
     assert "x\\|y" in text

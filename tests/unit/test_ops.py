@@ -154,6 +154,8 @@ def test_pad_and_advance() -> None:
     ops.pad(torch.arange(10, 20), one(3), ids, last)
     assert ids.tolist() == [[10, 11, 12, 0, 0, 0, 0, 0]]
     assert int(last) == 2
+    ops.pad(torch.arange(10, 20), one(10), ids, last)
+    assert int(last) == 7  # the prompt of another request: a row that is not there would end the process on a GPU
     ops.advance(one(42), ids[:, :1], positions)
     assert int(ids[0, 0]) == 42
     assert int(positions) == 5

@@ -10,9 +10,9 @@ from torch import nn
 
 import hybridlab as hl
 from hybridlab import kernels
+from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed
-from hybridlab.graphs import GraphCache
 from hybridlab.pieces import Cut, cut
 from hybridlab.policies import Place
 
@@ -34,8 +34,8 @@ MIDDLE = Place("middle", "aten.tanh.default", 0)
 
 def captured(outside: set[Place]) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor, Two, Counters]:
     model, x, out, counters = Two().requires_grad_(False), torch.randn(2, 8), torch.zeros(2, 8), Counters()
-    cache = GraphCache(torch.device("cpu"), None, counters)
-    cache.capture("key", lambda: out.copy_(model(x)), [x, out], cut=Cut(model, frozenset(outside)))
+    cache = GraphCache(torch.device("cpu"), counters)
+    cache.capture(Job("key", lambda: out.copy_(model(x)), [x, out], cut=Cut(model, frozenset(outside))))
 
     def replay() -> None:
         with cache.lease("key") as run:
@@ -65,9 +65,9 @@ def test_pieces_give_what_the_function_gives(outside: set[Place], graphs: int) -
 def test_equal_operations_of_a_module_are_told_apart() -> None:
     """The first of two equal operations left outside in place of the second, or both."""
     x, out, counters = torch.randn(3), torch.zeros(3), Counters()
-    cache = GraphCache(torch.device("cpu"), None, counters)
+    cache = GraphCache(torch.device("cpu"), counters)
     second = Place("", "aten.tanh.default", 1)
-    cache.capture("key", lambda: out.copy_(x.tanh().tanh()), [x, out], cut=Cut(nn.Module(), frozenset({second})))
+    cache.capture(Job("key", lambda: out.copy_(x.tanh().tanh()), [x, out], cut=Cut(nn.Module(), frozenset({second}))))
     with cache.lease("key") as replay:
         replay()
     assert torch.equal(out, x.tanh().tanh())
@@ -79,9 +79,9 @@ def test_what_is_outside_is_launched_from_python(outside: bool, monkeypatch: pyt
     """An operation said to be outside and recorded like the rest, or one inside a graph that Python still launches."""
     logits, token = torch.randn(33), torch.zeros(1, dtype=torch.int64)
     place = Place("", "hybridlab.greedy.default", 0)
-    cache = GraphCache(torch.device("cpu"), None, Counters())
-    cache.capture("key", lambda: torch.ops.hybridlab_jit.greedy.default(logits, token), [logits, token],
-                  cut=Cut(nn.Module(), frozenset({place} if outside else ())))
+    cache = GraphCache(torch.device("cpu"), Counters())
+    cache.capture(Job("key", lambda: torch.ops.hybridlab_jit.greedy.default(logits, token), [logits, token],
+                  cut=Cut(nn.Module(), frozenset({place} if outside else ()))))
     launched: list[str] = []
     bind = kernels.bind
     monkeypatch.setattr(kernels, "bind", lambda name, args: launched.append(name) or bind(name, args))
@@ -101,21 +101,21 @@ def test_a_planned_operation_that_never_runs_fails_the_capture() -> None:
 def test_hooks_are_gone_after_a_capture_that_failed() -> None:
     """A model that stays slower, or reports to a capture long over."""
     model = Two().requires_grad_(False)
-    cache = GraphCache(torch.device("cpu"), None, Counters())
+    cache = GraphCache(torch.device("cpu"), Counters())
 
     def reads_back() -> None:
         model(torch.zeros(2, 8)).sum().item()
 
     with pytest.raises(CaptureFailed, match="reads a value back"):
-        cache.capture("key", reads_back, [], cut=Cut(model, frozenset({MIDDLE})))
+        cache.capture(Job("key", reads_back, [], cut=Cut(model, frozenset({MIDDLE}))))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_capture_puts_back_what_a_step_moves_on() -> None:
     """A position that capture moved on twice: the next token would be written two rows further."""
     position = torch.zeros(1, dtype=torch.int64)
-    cache = GraphCache(torch.device("cpu"), None, Counters())
-    cache.capture("key", lambda: position.add_(1), [position], state=[position])
+    cache = GraphCache(torch.device("cpu"), Counters())
+    cache.capture(Job("key", lambda: position.add_(1), [position], state=[position]))
     assert int(position) == 0
     with cache.lease("key") as replay:
         replay()

@@ -63,7 +63,7 @@ def test_sampling_inside_a_graph_draws_what_eager_draws(model: PreTrainedModel, 
         for seed, temperature in ((0, 0.7), (5, 1.3), (0, 0.0), (5, 0.7)):
             asked = {"max_new_tokens": 12, "seed": seed, "temperature": temperature, "stop": [], **settings}
             assert rt.generate(PROMPT, **asked).ids == eager.generate(PROMPT, **asked).ids
-        draws = {key.draw for key in rt._executor.graphs._graphs}
+        draws = {key.draw for key in rt._executor.graphs}
         assert draws == ({"greedy", kind} if policy == "full" else {""})
 
 
@@ -171,7 +171,7 @@ def test_a_graph_samples_only_where_its_policy_says_so(model: PreTrainedModel, p
     with runtime(model, policy=policy) as rt:
         rt.generate(PROMPT, max_new_tokens=3, stop=[])
         executor = rt._executor
-        key = next(key for key in executor.graphs._graphs if key.phase == "decode")
+        key = next(key for key in executor.graphs if key.phase == "decode")
         executor.controls.token.fill_(7)
         with executor.graphs.lease(key) as replay:
             replay()

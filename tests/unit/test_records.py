@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 from hybridlab import records
-from hybridlab.config import RunConfig
+from hybridlab.config import CacheConfig, RunConfig
 from hybridlab.errors import RunError
 
 CONFIG = RunConfig(lengths=(10,), arms=("eager",))
@@ -238,3 +238,43 @@ def test_a_failure_that_the_notebook_swallowed_still_fails_the_run(tmp_path, mon
     inner.finish("failed", "NonFinite: step 3")
     assert outer.finish("complete") == "failed"
     assert records.read(outer.path).reason == "NonFinite: step 3"
+
+
+def cache_row(number=0, **changes):
+    return {"part": "stream", "round": number, "setting": "default", "request": number, "prompt_tokens": 10,
+            "bucket": 16, "index": 0, "metric": "ttft", "ms": 1.5, "path": "graph", "reason": "", "hits": 1,
+            "misses": 0, "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 1,
+            "graph_bytes": 64, "capturing": False} | changes
+
+
+def test_a_cache_run_keeps_its_kind_columns_and_config(tmp_path):
+    """Rows about the graph cache read as an ablation's, or a request that is none read as a float."""
+    config = CacheConfig(trace="chat", compare=({"capture": "sync"}, {"buckets": [16, 64]}))
+    run = records.Run.create(config, tmp_path)
+    run.append([cache_row(0), cache_row(1, request=None, bucket=None)])
+    assert json.loads((run.path / "config.json").read_text())["kind"] == "cache"
+    assert records.kind(run.path) == "cache"
+    run.finish("complete")
+    found = records.read(run.path)
+    assert (found.kind, found.config, len(found.rows)) == ("cache", config, 2)
+    assert found.rows["request"].isna().tolist() == [False, True]
+    assert [str(found.rows[name].dtype) for name in ("request", "bucket", "capturing")] == ["Int64", "Int64", "bool"]
+    with pytest.raises(RunError, match="wrong fields"):
+        records.Run.create(config, tmp_path).append([row()])
+    with pytest.raises(RunError, match="only request, bucket may be empty"):
+        records.Run.create(config, tmp_path).append([cache_row(metric=None)])
+    target = tmp_path / "copy"
+    records.keep(run.path, target)
+    assert records.read(target).kind == "cache"
+
+
+def test_an_old_run_is_an_ablation_and_an_unknown_kind_is_refused(tmp_path):
+    """Runs recorded before there were kinds must stay readable; those of a later version must not be guessed at."""
+    run = records.Run.create(CONFIG, tmp_path)
+    run.append([row()])
+    assert "kind" not in json.loads((run.path / "config.json").read_text())
+    assert records.read(run.path).kind == "ablation"
+    config = json.loads((run.path / "config.json").read_text()) | {"kind": "sweep"}
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="kind 'sweep'"):
+        records.read(run.path)

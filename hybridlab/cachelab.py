@@ -1,0 +1,299 @@
+"""One config about the graph cache in, one recorded run out: a request stream under several settings, and more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats as scipy_stats
+
+from hybridlab import capturing, experiment, measure, models, names, records, serving, stats, workload
+from hybridlab.config import CacheConfig, as_dict, build
+from hybridlab.disturbing import require_ways
+from hybridlab.errors import ConfigError, RunError
+from hybridlab.parameters import compared
+from hybridlab.report import Grid, interval, number
+from hybridlab.runtime import Runtime
+from hybridlab.workload import Asked
+
+Settings = dict[str, dict[str, Any]]
+Row = dict[str, Any]
+
+
+class CacheResult(experiment.Shown):
+    """The recorded run of an experiment about the graph cache; the columns of its rows are `schemas.CACHE`."""
+
+    kind = "cache"
+
+    @property
+    def config(self) -> CacheConfig:
+        assert isinstance(self.recorded.config, CacheConfig)
+        return self.recorded.config
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings of the request stream that have rows, in the config's order."""
+        there = set(self._stream["setting"])
+        return [name for name in compared(self.config) if name in there]
+
+    @property
+    def _stream(self) -> pd.DataFrame:
+        return self.rows[self.rows["part"] == "stream"]
+
+    def requests(self) -> list[Asked]:
+        """The requests as they were served, from the rows of the first pass."""
+        rows = self._stream
+        first = rows[(rows["round"] == 0) & (rows["setting"] == rows["setting"].iloc[0])] if len(rows) else rows
+        tokens = first[first["metric"].isin(["ttft", "itl"])]
+        return [Asked(int(own["prompt_tokens"].iloc[0]), len(own)) for _, own in tokens.groupby("request")]
+
+    def table(self) -> pd.DataFrame:
+        """One line a setting of the request stream.
+
+        requests: first tokens timed, in all `passes`. ttft_mean: ms, over all of them, with the 95 % interval of
+        Student's t over the means of the passes, which are what repeats (None for one pass). ttft_p50, ttft_p99,
+        itl_p50, itl_p99: ms with their intervals; None where n does not allow one. hit_rate: the share of requests
+        whose graph was there; a first token that was captured and then replayed is none. after_mean: ms from a last
+        token until the runtime is free. captures, evictions, failures, capture_ms: of one pass, building and settling
+        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval.
+        """
+        groups = {name: self._stream[self._stream["setting"] == name] for name in self.settings}
+        lines = [{"setting": name, "passes": own["round"].nunique()} | _line(own) for name, own in groups.items()]
+        return pd.DataFrame(lines, dtype=object)
+
+    def grid(self) -> Grid:
+        """The table as text, for a terminal, the README and its check."""
+        header = ["setting", "TTFT mean, ms", "TTFT p50, ms", "TTFT p99, ms", "hit rate", "ITL p50, ms", "after, ms",
+                  "captures", "capturing, ms", "held at most"]
+        rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
+                 _percent(line["hit_rate"]), interval(line, "itl_p50"), number(line["after_mean"]), _captures(line),
+                 number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 1e6)} MB"]
+                for line in self.table().to_dict("records")]
+        return Grid(f"Graph cache · {self.caption}", header, rows,
+                    "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "
+                    "whose graph was there; after: from a last token until the runtime is free; captures and the time "
+                    "of capturing are of one pass; "
+                    f"p99 only where n ≥ {stats.needed(0.99)}.")
+
+    def reading(self) -> str:
+        """The result in words; every number is computed from the rows."""
+        if not self.settings:
+            return f"Run {self.run_id} holds no pass of the requests: {self.recorded.reason or self.status}."
+        asked = self.requests()
+        lengths = len({one.prompt_tokens for one in asked})
+        parts = [f"{len(asked)} requests with {lengths} prompt lengths were served from a cold cache in each pass.",
+                 *map(_words, self.table().to_dict("records"))]
+        if self.on_cpu:
+            parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
+        return " ".join(parts)
+
+
+def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None, progress: bool = True) -> CacheResult:
+    """Serves a request stream under every setting of the config, from a cold cache each time, and records the run;
+    then times captures and what they do to decoding, if the config asks for it.
+
+    Raises: ConfigError, ModelError or PromptError for bad input, before anything is written. Whatever goes wrong
+    later, Ctrl-C included, leaves a run that is marked failed with the rows of the finished passes, and is re-raised.
+    RunError when, in float32, the tokens of a request differ between two settings or from arm eager, or when a kernel
+    was compiled inside a pass.
+    """
+    config = checked(config)
+    settings = compared(config)
+    if (context := names.context(config.model)) is not None:
+        _fit(config, settings, context)
+    with experiment.reporter(progress) as report:
+        report(f"loading {config.model}", 0, 1)
+        model = models.load(config.model, device=config.device, dtype=config.dtype)
+        context = models.context(model)
+        requests, max_len = _fit(config, settings, context)
+        lab = _Lab(model, config, settings, requests, max_len, report)
+        with experiment.threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
+            target = records.Run.create(config, Path(root) if root is not None else None)
+            try:
+                target.finish("complete", extra=lab.record(target))
+            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
+                experiment.fail(target, error)
+                raise
+    return CacheResult.open(target.path)
+
+
+def checked(config: CacheConfig | Mapping[str, Any]) -> CacheConfig:
+    """The config, all of it looked at that needs no model. Raises: ConfigError."""
+    config = build(CacheConfig, as_dict(config) if isinstance(config, CacheConfig) else config)
+    compared(config)
+    workload.require_known(config.trace)
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    require_ways(config.disturb, torch.device("cuda" if on_gpu else "cpu"))
+    for field in ("cost_lengths", "disturb"):
+        values = getattr(config, field)
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{field} holds a value twice", f"{list(values)}", "each is measured once a round")
+    return config
+
+
+def _fit(config: CacheConfig, settings: Settings, context: int | None) -> tuple[list[Asked], int]:
+    """The requests, and rows of the static KV cache: what the longest of them and the largest bucket need, in steps of
+    64, within the context. The same for all settings."""
+    names.require_fit(config, context)
+    requests = workload.load(config.trace, config.requests, config.new_tokens, config.seed, context)
+    largest = max((max(entry["buckets"]) for entry in settings.values()
+                   if isinstance(entry.get("buckets"), list | tuple)), default=0)
+    if context is not None and largest > context:
+        raise ConfigError(f"a bucket of {largest} tokens", f"the context of {config.model} holds {context}",
+                          "give smaller buckets")
+    needed = max(largest, *(sum(asked) for asked in requests))
+    return requests, min(-(-needed // 64) * 64, context or needed)
+
+
+class _Lab:
+    """One loaded model and all that is measured with it."""
+
+    def __init__(self, model: Any, config: CacheConfig, settings: Settings, requests: Sequence[Asked], max_len: int,
+                 report: experiment.Report) -> None:
+        self.model, self.config, self.settings, self.requests = model, config, settings, requests
+        self.max_len, self.report = max_len, report
+        self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in requests}), config.seed)
+        self.proof = serving.Proof(requests, model.dtype == torch.float32)
+        self.started = time.monotonic()
+
+    def runtime(self, **changes: Any) -> Runtime:
+        fixed = {"arm": self.config.arm, "policy": self.config.policy, "device": self.config.device}
+        return Runtime(self.model, **fixed | {"max_len": self.max_len} | changes)
+
+    def record(self, target: records.Run) -> dict[str, Any]:
+        """Appends all rows to the run; returns what its manifest says beside them."""
+        self.warm_up()
+        self.started = time.monotonic()
+        passes = 0
+        for rows in self.passes():
+            target.append(rows)
+            passes += 1
+        for asked, part in ((self.config.cost_lengths, capturing.cost), (self.config.disturb, capturing.disturb)):
+            if asked:
+                self._rounds(part, target)
+        return {"passes": passes, "measured_s": round(time.monotonic() - self.started, 1),
+                "requests_with_equal_tokens": self.proof.count}
+
+    def _rounds(self, part: Callable[..., Iterator[list[Row]]], target: records.Run) -> None:
+        """One round is always made, further ones while the budget lasts."""
+        for rows in part(self.model, self.config, self.report):
+            target.append(rows)
+            if self._over():
+                return
+
+    def _over(self) -> bool:
+        return time.monotonic() - self.started >= self.config.budget_s
+
+    def passes(self) -> Iterator[list[Row]]:
+        """The rows of one finished pass at a time: in each round every setting once, in an order drawn anew from the
+        seed. The first round is always made; no later pass starts after the budget is over."""
+        entries, total = list(self.settings.items()), len(self.settings) * self.config.repeats
+        done = 0
+        for round_ in range(self.config.repeats):
+            for index in np.random.default_rng([self.config.seed, round_]).permutation(len(entries)):
+                if round_ and self._over():
+                    return
+                name, changes = entries[index]
+                self.report(_progress(done, total, time.monotonic() - self.started, name), done, total)
+                yield self._pass(round_, name, changes)
+                done += 1
+
+    def _pass(self, round_: int, name: str, changes: Mapping[str, Any]) -> list[Row]:
+        begun = time.perf_counter_ns()
+        with self.runtime(**changes) as runtime:
+            built_ms = (time.perf_counter_ns() - begun) / 1e6
+            compiles, rows, answered = runtime.counters.compiles, list[Row](), 0
+            for served in serving.serve(runtime, self.requests, self.prompts, setting=name, round_=round_,
+                                        built_ms=built_ms, pause_ms=self.config.pause_ms):
+                rows += served.rows
+                if served.ids:
+                    self.proof.require_equal(answered, name, served.ids)
+                    answered += 1
+            if compiled := int(runtime.counters.compiles - compiles):
+                raise RunError(f"{compiled} kernels were compiled inside a pass", f"setting {name}, round {round_}",
+                               "its times are no latencies; report this, and leave the setting out meanwhile")
+        return rows
+
+    def warm_up(self) -> None:
+        """Compiles what the passes run, with no capture, then captures once what no pass will use: a process's first
+        capture loads what later ones find. In float32 compares a few requests with arm eager."""
+        lengths = sorted(self.prompts)
+        few = self.proof.few()
+        if few:
+            with self.runtime(arm="eager") as eager:
+                for request in few:
+                    self.proof.require_equal(request, "arm eager", self._answer(eager, self.requests[request]))
+        ladders = list({str(entry.get("buckets")): entry.get("buckets") for entry in self.settings.values()}.values())
+        for done, buckets in enumerate(ladders):
+            self.report("warming up", done, len(ladders) + 1)
+            with self.runtime(buckets=buckets, capture="never") as runtime:
+                for length in {runtime.bucket_for(n) or n: n for n in lengths}.values():
+                    self._answer(runtime, Asked(length, min(2, self.max_len - length)))
+                for request in few:
+                    self.proof.require_equal(request, "capture=never", self._answer(runtime, self.requests[request]))
+        self.report("warming up", len(ladders), len(ladders) + 1)
+        with self.runtime(buckets=ladders[0], capture="sync") as runtime:
+            self._answer(runtime, Asked(lengths[0], min(2, self.max_len - lengths[0])))
+
+    def _answer(self, runtime: Runtime, asked: Asked) -> list[int]:
+        return runtime.generate(self.prompts[asked.prompt_tokens], max_new_tokens=asked.new_tokens, stop=[]).ids
+
+
+def _progress(done: int, total: int, elapsed_s: float, name: str) -> str:
+    left = f", {(total - done) * elapsed_s / done:.0f} s left" if done else ""
+    return f"pass {done + 1} of {total}: {name}{left}"
+
+
+def _line(own: pd.DataFrame) -> dict[str, Any]:
+    """What `CacheResult.table` says of the stream rows of one setting."""
+    first, gaps = own[own["metric"] == "ttft"], own[own["metric"] == "itl"]
+    passes = own.groupby("round")
+    mean, low, high = _mean(first)
+    line: dict[str, Any] = {"requests": len(first), "ttft_mean": mean, "ttft_mean_low": low, "ttft_mean_high": high}
+    for metric, values in (("ttft", first["ms"]), ("itl", gaps["ms"])):
+        for name, q in ((f"{metric}_p50", 0.5), (f"{metric}_p99", 0.99)):
+            found = stats.quantile(values, q) if len(values) >= stats.needed(q) else None
+            line |= {name: found and found.value, f"{name}_low": found and found.low,
+                     f"{name}_high": found and found.high}
+    line |= {"hit_rate": float(((first["path"] == "graph") & (first["misses"] == 0)).mean()),
+             "after_mean": float(own.loc[own["metric"] == "after", "ms"].mean())}
+    line |= {name: float(passes[name].sum().mean()) for name in ("captures", "evictions", "failures", "capture_ms")}
+    return line | {f"peak_{name}": int(own[name].max()) for name in ("graphs", "graph_bytes")}
+
+
+def _mean(first: pd.DataFrame) -> tuple[float, float | None, float | None]:
+    means, mean = first.groupby("round")["ms"].mean().to_numpy(), float(first["ms"].mean())
+    if len(means) < 2:
+        return mean, None, None
+    half = float(scipy_stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
+    return mean, mean - half, mean + half
+
+
+def _words(line: dict[str, Any]) -> str:
+    """One line of the table as a sentence."""
+    first = (f"With {line['setting']} a first token took {interval(line, 'ttft_mean')} ms on average, and for "
+             f"{_percent(line['hit_rate'])} of them the graph was there")
+    words = []
+    if line["captures"]:
+        words.append(f"one pass captured {line['captures']:.3g} graphs in {number(line['capture_ms'])} ms")
+    if line["evictions"]:
+        words.append(f"evicted {line['evictions']:.3g}")
+    if line["failures"]:
+        words.append(f"failed to capture {line['failures']:.3g}")
+    if words:
+        words.append(f"and held {number(line['peak_graph_bytes'] / 1e6)} MB at most")
+    return f"{first}{'; ' if words else ''}{', '.join(words)}."
+
+
+def _captures(line: dict[str, Any]) -> str:
+    kinds = (("evictions", "evicted"), ("failures", "failed"))
+    return ", ".join([f"{line['captures']:.3g}", *(f"{line[name]:.3g} {word}" for name, word in kinds if line[name])])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,127 @@
+"""Parts of figures with several panels: frame, axes, a switch that lives in the page, distributions, long legends.
+
+Never imports torch. Names that come from outside are escaped here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from hybridlab import plots, stats
+
+HEAD, FOOT, LINE = 115, 71, 20  # px: above the plot, from it to the notes, and of one note
+POINTS = 800                    # of one distribution line
+
+
+class Look(NamedTuple):
+    """Colour, and what tells things apart without it: the symbol of markers, the dash of lines."""
+
+    colour: str
+    symbol: str
+    dash: str = "solid"
+    width: float = 2.0  # px
+
+
+def frame(title: str, caption: str, notes: Sequence[str], height: int, above: int = 0) -> go.Figure:
+    """The house frame around a plot of `height` px with `above` px between title and plot; each note is a line."""
+    figure = plots.frame(title, caption, "")
+    whole = HEAD + above + height + FOOT + LINE * len(notes) + 10
+    figure.update_layout(height=whole, margin={"l": 75, "t": HEAD + above, "b": whole - HEAD - above - height},
+                         title_y=1 - 22 / whole, font_size=12)
+    figure.update_annotations(y=-55 / height, text="<br>".join(map(plots.escape, notes)), align="left")
+    return figure
+
+
+def no(number: int) -> str:
+    """What the axes of panel `number`, counted from 1, have behind their letter."""
+    return str(number) if number > 1 else ""
+
+
+def axes(figure: go.Figure, number: int, across: list[float], up: list[float], *, x: Mapping[str, Any] | None = None,
+          y: Mapping[str, Any] | None = None) -> None:
+    """Panel `number` of a figure, in paper coordinates."""
+    end = no(number)
+    figure.update_layout({f"xaxis{end}": {**plots.AXIS, "anchor": f"y{end}", "domain": across, **(x or {})},
+                          f"yaxis{end}": {**plots.AXIS, "anchor": f"x{end}", "domain": up, **(y or {})}})
+
+
+def switch(figure: go.Figure, owners: Sequence[str], layouts: Mapping[str, Mapping[str, object]], first: str) -> None:
+    """Buttons, a menu where their names need more than a line; each shows the traces it owns, `first` at once."""
+    figure.update_layout(title_subtitle_text=layouts[first]["title.subtitle.text"])
+    figure.layout.annotations[0].text = layouts[first]["annotations[0].text"]
+    for trace, owner in zip(figure.data, owners, strict=True):
+        trace.visible = owner == first
+    kind = ("buttons", "right") if sum(len(name) + 4 for name in layouts) <= 120 else ("dropdown", "down")
+    if len(layouts) > 1:
+        figure.update_layout(updatemenus=[{
+            "type": kind[0], "direction": kind[1], "showactive": True, "active": list(layouts).index(first),
+            "font": {"size": 12}, "pad": {"b": 34}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "buttons": [
+                {"label": plots.escape(name), "method": "update",
+                 "args": [{"visible": [owner == name for owner in owners]}, dict(layout)]}
+                for name, layout in layouts.items()]}])
+
+
+def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[str, Look], number: int, what: str,
+           span: tuple[float, float, int] | None = None) -> None:
+    """A panel of distributions: the share of values that is larger, with p50 and p99 where n allows them.
+
+    `span`: smallest and largest value, and size of the largest sample, of all panels that stand side by side.
+    """
+    for name, look in looks.items():
+        values = np.sort(samples[name].to_numpy(float)) if name in samples else np.empty(0)
+        if not len(values):
+            continue
+        kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), POINTS)).round().astype(int))
+        line(figure, values[kept].tolist(), (100 * (1 - kept / len(values))).tolist(), look, name, number,
+              "%{y:.3g} % take %{x:.3g} ms or longer", listed=number == 1)
+        for q in (0.5, 0.99):
+            if len(values) >= stats.needed(q):
+                sure = stats.quantile(values, q)
+                figure.add_scatter(
+                    x=[sure.value], y=[100 * (1 - q)], mode="markers", showlegend=False, legendgroup=plots.escape(name),
+                    xaxis=f"x{no(number)}", yaxis=f"y{no(number)}",
+                    marker={"color": look.colour, "symbol": look.symbol, "size": 9},
+                    error_x=plots.bars([sure.value], [sure.low], [sure.high], look.colour),
+                    hovertemplate=f"{plots.escape(name)} p{100 * q:g}: %{{x:.3g}} ms [{sure.low:.3g}, "
+                                  f"{sure.high:.3g}], n = {sure.n:,}<extra></extra>")
+    every = np.concatenate(list(samples.values()))
+    low, high, most = span or (every.min(), every.max(), max(map(len, samples.values())))
+    end = no(number)
+    figure.update_layout({f"xaxis{end}": {"title": {"text": f"{what} (ms, logarithmic)"}, **log(low, high)},
+                          f"yaxis{end}": {"title": {"text": "take this long or longer (%)" if number == 1 else ""},
+                                         **log(80 / most, 100, (1,), (50,))}})
+
+
+def log(low: float, high: float, steps: tuple[int, ...] = (1, 2, 5), more: tuple[float, ...] = ()) -> dict[str, Any]:
+    """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`."""
+    low, high = low * 0.93, high * 1.1
+    ticks = sorted(tick for tick in [*(float(f"{s}e{p}") for p in range(-9, 9) for s in steps), *more]
+                   if low <= tick <= high)
+    if len(ticks) > 8:
+        return log(low / 0.93, high / 1.1, (1,), more)
+    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks,
+            "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def line(figure: go.Figure, x: list[Any], y: list[float], look: Look, name: str, number: int, hover: str, *,
+          listed: bool) -> None:
+    """A line of steps in panel `number`; `hover` says what its x and y are."""
+    shown = plots.escape(name)
+    figure.add_scatter(x=x, y=y, mode="lines", xaxis=f"x{no(number)}", yaxis=f"y{no(number)}", name=shown,
+                       line={"color": look.colour, "width": look.width, "shape": "hv", "dash": look.dash},
+                       legendgroup=shown, showlegend=listed, hovertemplate=f"{shown}, {hover}<extra></extra>")
+
+
+def legend(figure: go.Figure) -> go.Figure:
+    """The figure with room above the plot for a legend of several lines, where names are long."""
+    wide = sum(45 + 7.5 * len(trace.name) for trace in figure.data if trace.showlegend)
+    more = LINE * int(wide // (figure.layout.width - 100))
+    figure.update_layout(height=figure.layout.height + more, margin_t=figure.layout.margin.t + more,
+                         title_y=1 - 22 / (figure.layout.height + more))
+    return figure

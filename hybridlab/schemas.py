@@ -1,0 +1,35 @@
+"""The columns of each kind of recorded rows: of an ablation, and of an experiment about the graph cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+
+def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
+    """A schema from `name:type` words. What is not optional is never null."""
+    types: dict[str, Any] = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    pairs = (column.split(":") for column in columns.split())
+    return pa.schema([pa.field(name, types[kind], nullable=name in optional) for name, kind in pairs])
+
+
+# One row a timed token. bucket is null where none was used.
+ABLATION = _schema(
+    "run_id:str round:int request:int arm:str policy:str prompt_tokens:int bucket:int index:int position:int "
+    "metric:str ms:float path:str reason:str captures:int compiles:int", optional=("bucket",))
+
+# One row an interval. part says what was measured, and with it what the other columns mean:
+#   stream   requests in order, a pass (round) under a setting. metric "ttft" (index 0), "itl" (index 1, 2, …) and
+#            "after": from a request's last token until the runtime is free again (index -1, no path). Two rows of a
+#            pass belong to no request: "start", building the runtime, captures ahead included, and "settle", waiting
+#            after the last request until every capture behind is done.
+#   cost     one time of one capture of prompt_tokens rows. metric "rehearse", "capture", "instantiate",
+#            "first_replay", "replay" (path "graph") or "jit" (path "jit"); graph_bytes is what it holds beyond before.
+#   disturb  setting is a way to capture. metric "itl": a gap between decode tokens; "capture": from asked to usable.
+# hits … capture_ms happened in the interval; graphs and graph_bytes are what is held at its end; capturing: a capture
+# behind was under way before or after it.
+CACHE = _schema(
+    "run_id:str part:str round:int setting:str request:int prompt_tokens:int bucket:int index:int metric:str ms:float "
+    "path:str reason:str hits:int misses:int captures:int evictions:int failures:int capture_ms:float graphs:int "
+    "graph_bytes:int capturing:bool", optional=("request", "bucket"))
