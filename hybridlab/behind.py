@@ -256,3 +256,9 @@ def _apart() -> Iterator[None]:
 
 
 WAYS: dict[str, type[AfterRequest]] = {"request": AfterRequest, "thread": OnThread, "cooperative": Cooperative}
+
+
+def way(name: str, device: torch.device) -> type[AfterRequest]:
+    """The way of that name. "auto": on the thread where a GPU works meanwhile; on a CPU, whose cores and whose Python
+    lock a thread would take from the request, after it."""
+    return WAYS["thread" if device.type == "cuda" else "request"] if name == "auto" else WAYS[name]

@@ -14,7 +14,7 @@ from hybridlab.errors import ConfigError, choose, nearest
 
 Arm = Literal["eager", "graph", "jit", "hybrid"]
 Capture = Literal["ahead", "sync", "async", "never"]
-Behind = Literal["request", "thread", "cooperative"]
+Behind = Literal["auto", "request", "thread", "cooperative"]
 Admission = Literal["every", "pays"]
 Pool = Literal["shared", "private"]
 Eviction = Literal["auto", "one", "all"]
@@ -96,8 +96,8 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     # Prompt lengths to capture; None: a ladder from the machine's roofline; "exact": every length by itself.
     buckets: Literal["exact"] | tuple[Positive, ...] | None = None
     capture: Capture = "async"
-    behind: Behind = "request"                         # how an async capture stays behind: after the request, on a
-                                                       # thread, or in slices while the host waits for tokens
+    behind: Behind = "auto"                            # how an async capture stays behind: after the request, on a
+                                                       # thread (auto on a GPU), or in slices while the host waits
     admission: Admission = "every"                     # which misses are captured; "pays": once reuse should repay it
     cache_bytes: Positive | None = None                # budget of the graph cache; None: no limit
     cache_graphs: Positive | None = None               # most graphs it holds; None: no limit
@@ -148,7 +148,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         {"capture": "never"}, {"capture": "sync"}, {"capture": "async"})  # fields of RuntimeConfig, one dict a setting
     repeats: Positive = 3                              # passes of the trace under each setting, each from a cold cache
     cost_lengths: tuple[Positive, ...] = ()            # prompt lengths whose capture is timed and weighed
-    cost_repeats: Positive = 5                         # captures of each of them
+    cost_repeats: Positive = 6                         # captures of each of them
     disturb: tuple[str, ...] = ()                      # ways to capture behind whose effect on decoding is measured
     disturb_captures: Positive = 20                    # captures made behind decoding, for each way and round
     budget_s: Annotated[float, Meta(gt=0)] = 600.0     # no pass or round starts later than this; finished ones are kept

@@ -10,7 +10,7 @@ import torch
 
 from hybridlab import selftest
 from hybridlab.admission import Admission
-from hybridlab.behind import WAYS
+from hybridlab.behind import way
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import RuntimeConfig
 from hybridlab.counters import Counters
@@ -39,7 +39,7 @@ class Lookup:
         self.cache = GraphCache(device, counters, config.cache_bytes, config.cache_graphs, config.pool,
                                 one_by_one=_one_by_one(config, device))
         self.cache.on_adopt, self.cache.on_evict = self._captured, self._evicted
-        self.behind = WAYS[config.behind](self.cache)
+        self.behind = way(config.behind, device)(self.cache)
         self.admission = Admission(config.admission == "every")
         self._wanted: Key | None = None  # by the step that runs without a graph now
         self._first: Key | None = None   # of the request that is served, if its time is that of a hit or a miss
