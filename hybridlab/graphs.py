@@ -153,7 +153,7 @@ class CudaGraph:
     def __init__(self, function: Callable[[], None], pool: tuple[int, int], cut: CutOpen | None = None,
                  mode: str = "thread_local") -> None:
         stream, here = capture_stream(), torch.cuda.current_stream()
-        driver, reserved = _driver_bytes(), torch.cuda.memory_reserved()
+        driver, pooled = _driver_bytes(), _bytes_of(pool)
         start = time.perf_counter()
         stream.wait_stream(here)
         with torch.no_grad(), torch.cuda.stream(stream), cut() if cut else nullcontext() as leave_outside:
@@ -173,7 +173,7 @@ class CudaGraph:
         self.instantiate_ms = self._pieces.instantiate_ms
         self.capture_ms = (time.perf_counter() - start) * 1e3 - self.instantiate_ms
         self.graphs = len(self._pieces.captured)
-        self.pool_bytes = max(0, torch.cuda.memory_reserved() - reserved)
+        self.pool_bytes = _bytes_of(pool) - pooled
         self.nbytes = max(0, _driver_bytes() - driver)
         self._replayed = torch.cuda.Event()
 
@@ -188,6 +188,11 @@ class CudaGraph:
         for graph in self._pieces.captured:
             graph.reset()
         self._pieces.parts, self._pieces.alive = [], []
+
+
+def _bytes_of(pool: tuple[int, int]) -> int:
+    """Device memory of a pool: that of the whole allocator also grows by what other threads do."""
+    return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
 
 
 def _driver_bytes() -> int:
