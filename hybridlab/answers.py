@@ -74,8 +74,21 @@ def exact_or_buckets(rows: pd.DataFrame) -> str:
         words.append(f"{name}: {_percent(own['hit'])} replayed{padding}, {peak['graphs']:.0f} graphs in "
                      f"{_bytes(peak['graph_bytes'])}, first token {_median(own['ms'])}")
     exact = any("buckets=exact" in name for name in tallies.settings(table))
-    more = "" if exact else " Exact lengths are not in these rows: add {'buckets': 'exact'} to compare."
+    more = _same_lengths(table) if exact else (
+        " Exact lengths are not in these rows: add {'buckets': 'exact'} to compare.")
     return "; ".join(words) + "." + more + _hidden(rows)
+
+
+def _same_lengths(table: pd.DataFrame) -> str:
+    """Replays of exact lengths against those of their buckets, length by length: each was there before its request."""
+    hits = table[table["hit"]]
+    is_exact = hits["setting"].str.contains("buckets=exact", regex=False)
+    times = hits.groupby([is_exact, "prompt_tokens"])["ms"].median().unstack(0).dropna()
+    if not len(times) or times.shape[1] < 2:
+        return " No length was replayed both exactly and in a bucket."
+    ratio = times[True] / times[False]
+    return (f" Of the {len(ratio)} lengths replayed both ways, an exact replay took {ratio.median():.2f} times as long "
+            f"as one of its bucket ({ratio.min():.2f} to {ratio.max():.2f}).")
 
 
 def graph_memory(rows: pd.DataFrame) -> str:

@@ -56,7 +56,7 @@ class CacheResult(experiment.Shown):
         """One line a setting of the request stream.
 
         requests: first tokens timed, in all `passes`. ttft_mean: ms, over all of them, with the 95 % interval of
-        Student's t over the means of the passes, which are what repeats (None for one pass). ttft_p50, ttft_p99,
+        Student's t over the means of the passes, which are what repeats (None for under three). ttft_p50, ttft_p99,
         itl_p50, itl_p99: ms with their intervals; None where n does not allow one. hit_rate: the share of requests
         whose graph was there; a first token that was captured and then replayed is none. after_mean: ms from a last
         token until the runtime is free. captures, evictions, failures, capture_ms: of one pass, building and settling
@@ -72,7 +72,7 @@ class CacheResult(experiment.Shown):
                   "captures", "capturing, ms", "held at most"]
         rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
                  _percent(line["hit_rate"]), interval(line, "itl_p50"), number(line["after_mean"]), _captures(line),
-                 number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 1e6)} MB"]
+                 number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
                 for line in self.table().to_dict("records")]
         return Grid(f"Graph cache · {self.caption}", header, rows,
                     "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "
@@ -268,7 +268,7 @@ def _line(own: pd.DataFrame) -> dict[str, Any]:
 
 def _mean(first: pd.DataFrame) -> tuple[float, float | None, float | None]:
     means, mean = first.groupby("round")["ms"].mean().to_numpy(), float(first["ms"].mean())
-    if len(means) < 2:
+    if len(means) < 3:  # of two, the interval says nothing: twelve times their distance
         return mean, None, None
     half = float(scipy_stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
     return mean, mean - half, mean + half
@@ -286,7 +286,7 @@ def _words(line: dict[str, Any]) -> str:
     if line["failures"]:
         words.append(f"failed to capture {line['failures']:.3g}")
     if words:
-        words.append(f"and held {number(line['peak_graph_bytes'] / 1e6)} MB at most")
+        words.append(f"and held {number(line['peak_graph_bytes'] / 2**20)} MiB at most")
     return f"{first}{'; ' if words else ''}{', '.join(words)}."
 
 

@@ -6,10 +6,11 @@ import difflib
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridlab import records, report
+from hybridlab import plots, records, report, timeline
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
@@ -17,6 +18,7 @@ from hybridlab.records import CONFIG, MANIFEST, atomic_write, keep, read
 
 TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
                    re.DOTALL)
+STILL = ("svg", "png")  # a page that opens offline needs five megabytes of plotly.js beside it
 MARK = re.compile(r"<!-- /?table\b")
 
 
@@ -65,14 +67,26 @@ def publish(path: Path, root: Path) -> Path:
 
 
 def redraw(root: Path) -> list[Path]:
-    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation.
-
-    SVG and PNG only: a page that opens offline needs five megabytes of plotly.js beside it.
+    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation, and those
+    about the graph cache, `cache_<trace>_<figure>`, from its latest run of each trace.
     """
-    latest = {path.parent.name: path for path in committed_runs(root / "data" / "runs")
-              if records.kind(path) == Result.kind}
-    return [file for machine, path in latest.items()
-            for file in report.draw(Result.open(path), root / "figures" / machine, ("svg", "png"))]
+    written: list[Path] = []
+    ablations: dict[str, Path] = {}
+    for path in committed_runs(root / "data" / "runs"):
+        if records.kind(path) == Result.kind:
+            ablations[path.parent.name] = path
+        else:
+            written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
+    for machine, path in ablations.items():
+        written += report.draw(Result.open(path), root / "figures" / machine, STILL)
+    return written
+
+
+def _draw_cache(result: CacheResult, folder: Path) -> Iterator[Path]:
+    trace = Path(result.config.trace).stem
+    for name, (part, figure) in timeline.FIGURES.items():
+        if part in set(result.rows["part"]):
+            yield from plots.write(figure(result.rows, result.caption), folder / f"cache_{trace}_{name}", STILL)
 
 
 def _check_run(path: Path, name: str, findings: Findings) -> None:

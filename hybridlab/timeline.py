@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -215,3 +216,11 @@ def _cycle(rows: pd.DataFrame, skip: int = 0) -> list[Look]:
     count = len(tallies.settings(rows))
     widths = [1.6 + 3.4 * (count - 1 - i) / max(count - 1, 3) for i in range(count)]
     return [LOOKS[(i + skip) % len(LOOKS)]._replace(width=width) for i, width in enumerate(widths)]
+
+
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, str], go.Figure]]] = {  # the part of a run that each is made of
+    "over_time": ("stream", over_time),
+    "first_tokens": ("stream", first_tokens),
+    "costs": ("cost", costs),
+    "disturbed": ("disturb", disturbed),
+}

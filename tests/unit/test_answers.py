@@ -70,3 +70,16 @@ def test_several_runs_are_refused(cache_rows):
     rows = cache_rows(requests=10)
     with pytest.raises(StatisticsError, match="2 runs"):
         answers.table(pd.concat([rows, rows.assign(run_id="r2")]))
+
+
+def test_exact_replays_are_compared_length_by_length():
+    """Medians over whole streams compared instead: half of the exact ones are misses, and buckets would look faster."""
+    def hits(setting, times):
+        return pd.DataFrame([{"setting": setting, "prompt_tokens": n, "ms": ms, "hit": hit} for n, ms, hit in times])
+
+    exact = hits("capture=sync, buckets=exact", [(5, 9.0, True), (8, 4.0, True), (8, 90.0, False), (9, 70.0, False)])
+    padded = hits("capture=sync", [(5, 10.0, True), (8, 5.0, True), (9, 5.0, True)])
+    said = answers._same_lengths(pd.concat([exact, padded]))
+    assert said == (" Of the 2 lengths replayed both ways, an exact replay took 0.85 times as long as one of its "
+                    "bucket (0.80 to 0.90).")
+    assert "No length was replayed" in answers._same_lengths(exact)
