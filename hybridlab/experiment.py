@@ -150,6 +150,8 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
             _require_agreement(runtimes, prompts, config)
+        for runtime in runtimes.values():
+            stack.enter_context(runtime.sealed())
         started, done = time.monotonic(), 0
         for done, rows in enumerate(measure.rounds(runtimes, prompts, config), start=1):
             target.append(rows)

@@ -1,5 +1,6 @@
 """A run from config to manifest, over a fake model and runtime: how it ends is what the manifest says."""
 
+import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ CONFIG = {"arms": ["eager", "hybrid"], "lengths": [4, 7], "repeats": 6, "new_tok
 class Runtime:
     """Half the time in hybrid; `hook` runs at each request; open runtimes are counted."""
 
-    alive = 0
+    alive, closed = 0, False
 
     def __init__(self, model, arm, **settings):
         self.arm, self.settings, self.captures, self.served, self.threads = arm, settings, 0, 0, torch.get_num_threads()
@@ -33,7 +34,13 @@ class Runtime:
         type(self).alive -= 1
 
     def warm_up(self, lengths, **sampling):
-        pass
+        assert not self.closed
+
+    @contextlib.contextmanager
+    def sealed(self):
+        self.closed = True
+        yield
+        self.closed = False
 
     def generate(self, prompt, max_new_tokens, **options):
         self.served += 1
