@@ -79,3 +79,16 @@ def test_bad_settings_of_the_cache_are_refused(model: PreTrainedModel, settings:
     """A misspelt setting that silently measures something else."""
     with pytest.raises(hl.errors.ConfigError, match=message):
         runtime(model, **settings)
+
+
+def test_admission_sees_times_of_hits_and_misses_only(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first token that waited for its capture taken for a hit: hits would seem to save nothing."""
+    seen: list[tuple[int, str]] = []
+    for capture, wanted in (("sync", [(8, "graph")]), ("async", [(8, "eager"), (8, "graph")])):
+        with runtime(model, buckets=[8], capture=capture) as rt:
+            monkeypatch.setattr(rt._executor.lookup.admission, "saw", lambda rows, path, ms: seen.append((rows, path)))
+            for _ in range(2):
+                rt.generate(prompt(8), max_new_tokens=3, stop=[])
+            rt.generate(prompt(9), max_new_tokens=3, stop=[])
+        assert seen == wanted
+        seen.clear()
