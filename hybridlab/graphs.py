@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,24 @@ CutOpen = Callable[[], AbstractContextManager[Callable[[Any], bool]]]  # see hyb
 
 def new_pool(device: torch.device) -> Any:
     """Memory for the intermediates of graphs that never run at the same time."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else tape.Pool()
+    return _Pool() if device.type == "cuda" else tape.Pool()
+
+
+class _Pool:
+    """A pool of the CUDA allocator, by its current handle: a capture that breaks off spoils the handle for captures
+    to come, so that these get a new one. Graphs that were made before keep their memory."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+    def renew(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+    def nbytes(self) -> int:
+        """Device memory of the pool: that of the whole allocator also grows by what other threads do."""
+        for number in self.handle:  # PyTorch's function gives back two references that it never took
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.handle))
 
 
 def record(function: Callable[[], None], device: torch.device, *, pool: Any = None, cut: CutOpen | None = None,
@@ -79,7 +97,7 @@ class _Pieces(TorchDispatchMode):
     values; and the call is kept, to be made again between the pieces at every replay.
     """
 
-    def __init__(self, pool: tuple[int, int], leave_outside: Callable[[Any], bool], mode: str) -> None:
+    def __init__(self, pool: _Pool, leave_outside: Callable[[Any], bool], mode: str) -> None:
         super().__init__()
         self.pool, self.leave_outside, self.mode = pool, leave_outside, mode
         self.open: torch.cuda.CUDAGraph | None = None
@@ -91,7 +109,7 @@ class _Pieces(TorchDispatchMode):
 
     def begin(self) -> None:
         self.open = torch.cuda.CUDAGraph()
-        self.open.capture_begin(pool=self.pool, capture_error_mode=self.mode)
+        self.open.capture_begin(pool=self.pool.handle, capture_error_mode=self.mode)
 
     def end(self) -> None:
         if self.open is not None:
@@ -105,12 +123,16 @@ class _Pieces(TorchDispatchMode):
     def abandon(self) -> None:
         """End a capture that failed, so that the stream is usable again; the first error is the one to report."""
         if self.open is not None:
-            with suppress(RuntimeError):
-                self.open.capture_end()
             self.captured.append(self.open)
+            with suppress(Exception):  # among them PyTorch's warning of an empty graph, where warnings are errors
+                self.open.capture_end()
+        broken = [graph for graph in self.captured if not _ended_well(graph)]
         for graph in self.captured:
             with suppress(RuntimeError):  # one that cannot be reset must not keep the others
                 graph.reset()
+        if broken:
+            _BROKEN.extend(broken)
+            _clean_up(self.pool)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,16 +166,42 @@ class _Pieces(TorchDispatchMode):
             place, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+_BROKEN: list[torch.cuda.CUDAGraph] = []  # kept: PyTorch's allocator of pinned memory goes on asking them
+
+
+def _ended_well(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()  # refused otherwise
+    except RuntimeError:
+        return False
+    return True
+
+
+def _clean_up(pool: _Pool) -> None:
+    """What `capture_end` leaves undone when it fails: PyTorch's allocator would stay in the pool and keep its memory,
+    and its random generator would refuse to draw until some other capture has ended well."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # the capture failed before or after the allocator was in the pool
+        torch._C._cuda_endAllocateToPool(device, pool.handle)
+    torch._C._cuda_releasePool(device, pool.handle)
+    pool.renew()
+    one, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+    one.add_(1)
+    graph.capture_end()
+    graph.reset()
+
+
 class CudaGraph:
     """`function` as CUDA graphs, their intermediates in `pool`: one, or with a `cut` one for each piece.
 
     `torch.cuda.graph()` is avoided: it synchronises the device and empties the allocator's cache on entry.
     """
 
-    def __init__(self, function: Callable[[], None], pool: tuple[int, int], cut: CutOpen | None = None,
+    def __init__(self, function: Callable[[], None], pool: _Pool, cut: CutOpen | None = None,
                  mode: str = "thread_local") -> None:
         stream, here = capture_stream(), torch.cuda.current_stream()
-        driver, pooled = _driver_bytes(), _bytes_of(pool)
+        driver, pooled = _driver_bytes(), pool.nbytes()
         start = time.perf_counter()
         stream.wait_stream(here)
         with torch.no_grad(), torch.cuda.stream(stream), cut() if cut else nullcontext() as leave_outside:
@@ -173,7 +221,7 @@ class CudaGraph:
         self.instantiate_ms = self._pieces.instantiate_ms
         self.capture_ms = (time.perf_counter() - start) * 1e3 - self.instantiate_ms
         self.graphs = len(self._pieces.captured)
-        self.pool_bytes = _bytes_of(pool) - pooled
+        self.pool_bytes = pool.nbytes() - pooled
         self.nbytes = max(0, _driver_bytes() - driver)
         self._replayed = torch.cuda.Event()
 
@@ -188,11 +236,6 @@ class CudaGraph:
         for graph in self._pieces.captured:
             graph.reset()
         self._pieces.parts, self._pieces.alive = [], []
-
-
-def _bytes_of(pool: tuple[int, int]) -> int:
-    """Device memory of a pool: that of the whole allocator also grows by what other threads do."""
-    return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
 
 
 def _driver_bytes() -> int:
