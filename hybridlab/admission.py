@@ -59,6 +59,9 @@ class Admission:
         Captured once the misses of this length have cost what a capture costs, and as long as the cost of a capture
         or the saving of a hit is unknown: that is how they become known. Both are means, of this length if it was
         seen, else of the lengths that were. A length is never captured while hits are seen to save nothing.
+
+        So a stream whose lengths are not met again while their graph is held has every miss captured, as under
+        `always`: exact lengths in a small cache. The bound above holds from the first length on that was hit.
         """
         saving, cost = self._saving(rows), self._cost(rows)
         if self.always or saving is None or cost is None:

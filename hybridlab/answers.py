@@ -36,7 +36,7 @@ def capture_on_the_foreground(rows: pd.DataFrame) -> str:
                          f"(n = {len(busy):,})")
     usable = own[(own["metric"] == "capture") & (own["failures"] == 0)].groupby("setting")["ms"].median()
     waits = _listed(f"{ms:.3g} ms {way}" for way, ms in usable.items())
-    return "; ".join(words) + "." + (f" From asked to usable: {waits}." if waits else "")
+    return _lines(words) + (f" From asked to usable: {waits}." if waits else "")
 
 
 def failure_rate(rows: pd.DataFrame) -> str:
@@ -55,7 +55,7 @@ def failure_rate(rows: pd.DataFrame) -> str:
                     words.append(f"{setting}: {_rate(failed, tried)}{why}")
     if not words:
         return _missing(rows, "disturb") or "No graph was captured in these rows."
-    return (f"{'; '.join(words)}. Tokens are compared with those without captures before a run counts as complete: "
+    return (f"{_lines(words)} Tokens are compared with those without captures before a run counts as complete: "
             "one that differs fails it.")
 
 
@@ -76,7 +76,7 @@ def exact_or_buckets(rows: pd.DataFrame) -> str:
     exact = any("buckets=exact" in name for name in tallies.settings(table))
     more = _same_lengths(table) if exact else (
         " Exact lengths are not in these rows: add {'buckets': 'exact'} to compare.")
-    return "; ".join(words) + "." + more + _hidden(rows)
+    return _lines(words) + more + _hidden(rows)
 
 
 def _same_lengths(table: pd.DataFrame) -> str:
@@ -106,7 +106,7 @@ def graph_memory(rows: pd.DataFrame) -> str:
             together = PUBLISHED * start + slope * PUBLISHED * (PUBLISHED + 1) / 2
             total = f"; on a straight line, one of each length to {PUBLISHED}: {_bytes(max(together, 0.0))}"
         words.append(f"{name}: {sizes} tokens{total}")
-    return ". ".join(words) + (f". What stands for {PUBLISHED} lengths is extrapolated, for this model, weights "
+    return _lines(words) + (f" What stands for {PUBLISHED} lengths is extrapolated, for this model, weights "
                                "apart; the published code was full at that many graphs on a GPU of 93 GiB.")
 
 
@@ -126,7 +126,7 @@ def when_capture_pays(rows: pd.DataFrame) -> str:
         asked = tallies.requests(rows).drop_duplicates(["request"])["prompt_tokens"].value_counts()
         reused = (f" In this stream {_percent(asked == 1)} of {len(asked):,} lengths are asked once, the most frequent "
                   f"one {asked.max():,} times: admission='pays' waits until a length was missed often enough.")
-    return f"{'; '.join(words)}.{reused}"
+    return f"{_lines(words)}{reused}"
 
 
 def trace_dependence(rows: pd.DataFrame) -> str:
@@ -137,13 +137,14 @@ def trace_dependence(rows: pd.DataFrame) -> str:
     one = table.drop_duplicates(["request"])["prompt_tokens"]
     often = one.value_counts(normalize=True).iloc[:5].sum()
     half = len(one) // 2
+    first = min(COLD, half)  # the two windows share no request
     words = [f"{len(one):,} requests of {one.nunique():,} lengths, {100 * often:.3g} % of the five most frequent"]
     for name in tallies.settings(table):
         own = table[table["setting"] == name]
-        cold, late = own[own["request"] < COLD], own[own["request"] >= half]
-        words.append(f"{name}: {_percent(cold['hit'])} replayed and {_median(cold['ms'])} in the first {COLD}, "
+        cold, late = own[own["request"] < first], own[own["request"] >= half]
+        words.append(f"{name}: {_percent(cold['hit'])} replayed and {_median(cold['ms'])} in the first {first}, "
                      f"{_percent(late['hit'])} and {_median(late['ms'])} in the second half")
-    return "; ".join(words) + ". Another trace, or another size of the cache, is another run or entry of compare."
+    return _lines(words) + " Another trace, or another size of the cache, is another run or entry of compare."
 
 
 class Question(NamedTuple):
@@ -213,7 +214,7 @@ def _times(quiet: pd.Series, busy: pd.Series) -> str:
 
 def _rate(failed: int, tried: int) -> str:
     interval = scipy_stats.binomtest(failed, tried).proportion_ci(0.95)
-    return f"{failed:,} of {tried:,} failed ({1000 * interval.low:.3g} to {1000 * interval.high:.3g} in 1,000)"
+    return f"{failed:,} of {tried:,} failed ({100 * interval.low:.3g} to {100 * interval.high:.3g} %)"
 
 
 def _percent(share: pd.Series) -> str:
@@ -223,6 +224,11 @@ def _percent(share: pd.Series) -> str:
 def _bytes(count: float) -> str:
     scale, unit = tallies.binary(count)
     return f"{count / scale:.3g} {unit}"
+
+
+def _lines(words: list[str]) -> str:
+    """A headline, and what belongs to it a line each."""
+    return "\n  ".join(words) + "."
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from scipy import stats as scipy_stats
 
-from hybridlab import capturing, experiment, measure, models, names, records, serving, stats, workload
+from hybridlab import capturing, experiment, measure, models, names, records, serving, stats, tallies, workload
 from hybridlab.config import CacheConfig, as_dict, build
 from hybridlab.disturbing import require_ways
 from hybridlab.errors import ConfigError, RunError
@@ -90,7 +90,8 @@ class CacheResult(experiment.Shown):
                  *map(_words, self.table().to_dict("records"))]
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
-        return " ".join(parts)
+        return "\n".join(parts + tallies.cut_short(self.rows, {
+            "stream": self.config.repeats, "cost": self.config.cost_repeats, "disturb": self.config.repeats}))
 
 
 def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None, progress: bool = True) -> CacheResult:
@@ -116,6 +117,7 @@ def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None,
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
                 target.finish("complete", extra=lab.record(target))
+                report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
             except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
                 experiment.fail(target, error)
                 raise
@@ -251,8 +253,7 @@ def _progress(done: int, total: int, elapsed_s: float, name: str) -> str:
 
 def _line(own: pd.DataFrame) -> dict[str, Any]:
     """What `CacheResult.table` says of the stream rows of one setting."""
-    first, gaps = own[own["metric"] == "ttft"], own[own["metric"] == "itl"]
-    passes = own.groupby("round")
+    first, gaps, passes = own[own["metric"] == "ttft"], own[own["metric"] == "itl"], own.groupby("round")
     mean, low, high = _mean(first)
     line: dict[str, Any] = {"requests": len(first), "ttft_mean": mean, "ttft_mean_low": low, "ttft_mean_high": high}
     for metric, values in (("ttft", first["ms"]), ("itl", gaps["ms"])):

@@ -78,8 +78,9 @@ def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[st
         if not len(values):
             continue
         kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), POINTS)).round().astype(int))
+        new = plots.escape(name) not in {trace.name for trace in figure.data}  # some have values in one panel only
         line(figure, values[kept].tolist(), (100 * (1 - kept / len(values))).tolist(), look, name, number,
-              "%{y:.3g} % take %{x:.3g} ms or longer", listed=number == 1)
+              "%{y:.3g} % take %{x:.3g} ms or longer", listed=new)
         for q in (0.5, 0.99):
             if len(values) >= stats.needed(q):
                 sure = stats.quantile(values, q)

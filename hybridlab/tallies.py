@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,13 @@ def break_even(rows: pd.DataFrame) -> pd.DataFrame:
                           "high": sure.high if sure else math.nan, "n": len(each),
                           "graph_bytes": float(cell.groupby("round")["graph_bytes"].max().median())})
     return pd.DataFrame(found)
+
+
+def cut_short(rows: pd.DataFrame, wanted: Mapping[str, int]) -> list[str]:
+    """A sentence a part of which fewer rounds were measured than `wanted`, which says how many that were to be."""
+    done = {name: own.groupby("setting")["round"].nunique().min() for name, own in rows.groupby("part")}
+    return [f"budget_s ended part {name} after {done[name]} of {count} rounds: its intervals are wide or missing."
+            for name, count in wanted.items() if done.get(name, count) < count]
 
 
 def passes(table: pd.DataFrame) -> str:

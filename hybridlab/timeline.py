@@ -28,6 +28,7 @@ OUTCOMES = dict(zip(tallies.OUTCOMES, (Look("#0072B2", "circle"), Look("#CC79A7"
 LOOKS = tuple(Look(colour, symbol, dash) for dash in ("solid", "dash", "dot") for colour, symbol in zip(
     ("#4D4D4D", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"),  # a grey and Okabe-Ito
     ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x"), strict=True))
+WAYS = (*LOOKS[1:7], *LOOKS[8:14])  # without greys, which are what nothing disturbs
 JIT, REPLAY = Look("#E69F00", "diamond", "dash"), Look("#0072B2", "circle", "dot")
 
 
@@ -144,18 +145,24 @@ def costs(rows: pd.DataFrame, caption: str) -> go.Figure:
 def disturbed(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Distribution of the gaps between decode tokens by way of capturing; left those in which a capture was under way,
     beside the gaps of decoding without any."""
-    gaps = tallies.part(rows, "disturb").query("metric == 'itl'")
-    ways = tallies.settings(gaps)
-    names = dict(zip(ways, LOOKS * len(ways), strict=False))
+    own = tallies.part(rows, "disturb")
+    made = own[own["metric"] == "capture"].groupby("setting")[["captures", "failures"]].sum()
+    labels = {name: f"{name} ({line.captures} of {line.captures + line.failures} captured)"
+              for name, line in made.iterrows() if line.failures}  # what captures nothing disturbs little
+    gaps = own[own["metric"] == "itl"].replace({"setting": labels})
+    ways = [way for way in tallies.settings(gaps) if way != "quiet"]
+    names = {"quiet": LOOKS[0], **dict(zip(ways, WAYS * len(ways), strict=False))}
+    under_way = gaps["capturing"].astype(bool)
     figure = panels.frame("Gap between two tokens while graphs are captured behind", caption, [
         f"markers: p50, and p99 from {stats.needed(0.99)} values on; bars: 95 % intervals; quiet: no capture at all",
-        tallies.sizes(gaps, "gaps a way")], 330)
+        "; ".join([tallies.sizes(gaps[under_way], "gaps a way while a capture is under way"),
+                   tallies.sizes(gaps[~under_way], "otherwise")])], 330)
     quiet = gaps[gaps["setting"] == "quiet"]
-    sides = (pd.concat([quiet, gaps[gaps["capturing"].astype(bool)]]), gaps[~gaps["capturing"].astype(bool)])
+    sides = pd.concat([quiet, gaps[under_way]]), gaps[~under_way]
     span = float(gaps["ms"].min()), float(gaps["ms"].max()), int(gaps.groupby("setting").size().max())
-    for number, (own, words) in enumerate(zip(sides, ("while a capture is under way", "otherwise"), strict=True), 1):
+    for number, (side, words) in enumerate(zip(sides, ("while a capture is under way", "otherwise"), strict=True), 1):
         panels.axes(figure, number, [[0, 0.46], [0.56, 1]][number - 1], [0, 1])
-        panels.tails(figure, {name: cell["ms"] for name, cell in own.groupby("setting")}, names, number,
+        panels.tails(figure, {name: cell["ms"] for name, cell in side.groupby("setting")}, names, number,
                f"gap {words}", span)
     return panels.legend(figure)
 

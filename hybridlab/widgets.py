@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import ipywidgets
@@ -24,15 +25,16 @@ UNSAID = "Controls for the graph cache: they need a running notebook. Nothing wa
 class CacheExplorer:
     """Sliders and menus for one setting of the graph cache, and a button that serves a small trace with it.
 
-    `run` takes the settings of an experiment as a dict and returns what `cachelab.run` does: rows, caption, table().
+    `run` takes the settings of an experiment as a dict and returns what `cachelab.run`, the default, does.
     `settings` are fields of `CacheConfig` that the controls do not set, such as model, device and new_tokens.
     Nothing runs until the button is pressed. `results` keeps what was run, for comparing.
     """
 
-    def __init__(self, run: Callable[[dict[str, Any]], Any], settings: Mapping[str, Any]) -> None:
+    def __init__(self, run: Callable[[dict[str, Any]], Any] | None = None,
+                 settings: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.results: list[Any] = []
         self.running = False
-        self._run, self._settings = run, dict(settings)
+        self._run, self._settings = run or _run, dict(settings)
         kinds = list(dict.fromkeys([str(settings.get("trace", "zipf")), *KINDS]))
         self.controls: dict[str, Any] = {
             "trace": _menu("trace", [(html.escape(kind), kind) for kind in kinds]),
@@ -103,6 +105,12 @@ class CacheExplorer:
 
     def _say(self, text: str) -> None:
         self.status.value = html.escape(text)
+
+
+def _run(settings: dict[str, Any]) -> Any:
+    from hybridlab import cachelab  # imports torch: when a button is pressed, not when controls are shown
+
+    return cachelab.run(settings)
 
 
 def _menu(name: str, options: list[tuple[str, Any]], value: Any = None) -> Any:

@@ -47,7 +47,7 @@ def test_failures_are_counted_with_their_reason(cache_rows):
     said = answers.failure_rate(rows)
     assert "thread: 3 of 60 failed" in said
     assert "operation not permitted" in said
-    assert "cooperative: 0 of 60 failed (0 to 59.6 in 1,000)" in said  # the exact interval of none in 60
+    assert "cooperative: 0 of 60 failed (0 to 5.96 %)" in said  # the exact interval of none in 60
 
 
 def test_memory_is_extrapolated_on_the_line_of_its_bytes(cache_rows):
@@ -63,6 +63,12 @@ def test_cold_and_warm_hits_are_those_of_the_requests(cache_rows):
     table = tallies.requests(rows)
     own = table[(table["setting"] == "capture=async") & (table["request"] >= 30)]
     assert f"{100 * own['hit'].mean():.3g} % and " in answers.trace_dependence(rows)
+
+
+def test_the_cold_start_and_the_second_half_share_no_request(cache_rows):
+    """Of 30 requests the first 20 and the last 15 overlap: five would be cold and warm at once."""
+    assert "in the first 15, " in answers.trace_dependence(cache_rows(requests=30))
+    assert "in the first 20, " in answers.trace_dependence(cache_rows(requests=60))
 
 
 def test_several_runs_are_refused(cache_rows):

@@ -80,6 +80,14 @@ def test_names_from_outside_stay_text(draw, cache_rows, tmp_path):
     assert "<img" not in page.read_text()
 
 
+def test_a_way_whose_captures_failed_says_so_and_each_way_is_listed_once(cache_rows):
+    """A way that captured nothing disturbs least, and would look best; one seen in one panel would have no name."""
+    rows = cache_rows(failing_way="thread")
+    rows = rows[~((rows["setting"] == "cooperative") & (rows["metric"] == "itl") & rows["capturing"])]
+    listed = [trace.name for trace in timeline.disturbed(rows, "").data if trace.showlegend]
+    assert sorted(listed) == ["cooperative", "quiet", "sync", "thread (57 of 60 captured)", "thread flush"]
+
+
 def test_break_even_is_cost_over_saving(cache_rows):
     """The number of reuses decides what is captured: it must be what a capture cost over what it saves."""
     rows = cache_rows(cost=("shared",), lengths=(64,))

@@ -34,6 +34,11 @@ def test_showing_it_runs_nothing(explorer, asked):
     assert asked == []
 
 
+def test_it_needs_no_arguments():
+    """Controls whose defaults are no valid experiment fail at the press of their button."""
+    assert build(CacheConfig, widgets.CacheExplorer().config()).trace == "zipf"
+
+
 @pytest.mark.parametrize("ladder", widgets.LADDERS)
 @pytest.mark.parametrize("capture", ["ahead", "sync", "async", "never"])
 def test_every_choice_is_a_valid_experiment(explorer, ladder, capture):
