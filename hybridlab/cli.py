@@ -200,6 +200,8 @@ def cache(
             **({"compare": [parameters.entry(text) for text in compare]} if compare else {})})
         parameters.compared(config)  # refuse before torch is imported, which takes seconds
         workload.require_known(trace)
+        if trace not in workload.KINDS:
+            workload.read(trace)
         if save_trace is not None and not save_trace.absolute().parent.is_dir():
             raise ConfigError(f"--save-trace names {str(save_trace)!r}", "its directory does not exist", "make it")
         from hybridlab import cachelab

@@ -100,7 +100,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                                                        # thread (auto on a GPU), or in slices while the host waits
     admission: Admission = "every"                     # which misses are captured; "pays": once reuse should repay it
     cache_bytes: Positive | None = None                # budget of the graph cache; None: no limit
-    cache_graphs: Positive | None = None               # most graphs it holds; None: no limit
+    cache_graphs: Positive | None = None               # most graphs it holds; decode and the newest stay anyway
     pool: Pool = "shared"                              # memory of intermediates: one pool, or one for each graph
     eviction: Eviction = "auto"                        # what goes when room is needed; auto: as a self-test allows
     max_len: Positive | None = None                    # rows of the static KV cache; None: the model's context
@@ -193,6 +193,9 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
                         ("eviction", EVICTIONS)):
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
             choose(name, values[name], known)
+    if "buckets" in fields and isinstance(values.get("buckets"), str) and values["buckets"] != "exact":
+        raise ConfigError(f"buckets is {values['buckets']!r}", "that is neither a list nor 'exact'",
+                          "give ascending prompt lengths, 'exact' for each length by itself, or nothing for a ladder")
     for arm in values.get("arms", ()) if "arms" in fields else ():
         choose("arm", arm, ARMS)
     for name, value in values.items():

@@ -41,12 +41,17 @@ class Lookup:
         self.cache.on_adopt, self.cache.on_evict = self._captured, self._evicted
         self.behind = way(config.behind, device)(self.cache)
         self.admission = Admission(config.admission == "every")
+        self._waited = False             # the step that is served, for its own capture
         self._wanted: Key | None = None  # by the step that runs without a graph now
         self._first: Key | None = None   # of the request that is served, if its time is that of a hit or a miss
 
+    def captured_now(self) -> str:
+        """For the reason of a step whose graph is there: whether it had to wait for it."""
+        return ", captured while this step waited" if self._waited else ""
+
     def miss(self, key: Key, bucketed: bool) -> str | None:
         """None if the graph of `key` is there now, else why not. Captures on the spot if the policy is `sync`."""
-        prefill = key.phase == "prefill"
+        prefill, self._waited = key.phase == "prefill", False
         self._first = key if prefill and bucketed else self._first
         if key in self.cache:
             self.counters.hits += 1
@@ -67,7 +72,7 @@ class Lookup:
             self.capture(key)
         except CaptureFailed as error:
             return str(error)
-        self._first = None
+        self._first, self._waited = None, True
         return None
 
     def ran(self, same: bool) -> None:

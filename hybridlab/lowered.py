@@ -119,7 +119,8 @@ class LoweredExecutor:
             key = self._key(phase, rows)
             missed = self.lookup.miss(key, bucketed=phase == "decode" or self.bucket is not None)
             if missed is None:
-                path, reason = "graph", f"replayed {phase} graph of {rows} rows{self.around}"
+                path = "graph"
+                reason = f"replayed {phase} graph of {rows} rows{self.around}{self.lookup.captured_now()}"
                 with self.lookup.cache.lease(key) as replay:
                     replay()
                 if "sample" in self.outside:

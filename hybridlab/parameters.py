@@ -20,6 +20,8 @@ from hybridlab.workload import require_known
 
 OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
+IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect
+
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
     """The notebook without anything that an earlier execution left in it."""
@@ -135,6 +137,9 @@ def compared(config: CacheConfig) -> dict[str, dict[str, Any]]:
             if field not in free:
                 raise ConfigError(f"{where} sets {field!r}", "RuntimeConfig has no such field", nearest(field, free))
         checked = build(RuntimeConfig, changes)
+        for field in sorted(set(IDLE.get(checked.capture, ())) & set(changes)):
+            raise ConfigError(f"{where} sets {field!r}", f"it changes nothing while capture is {checked.capture!r}",
+                              "leave it out, or capture in another way")
         if isinstance(checked.buckets, tuple):
             ladder(checked.buckets, max(checked.buckets, default=1))
         name = ", ".join(f"{field}={_short(value)}" for field, value in changes.items()) or "default"

@@ -105,7 +105,8 @@ class Runtime:
         return ridge(self.device, self.model.dtype)
 
     def _warm_up_ahead(self) -> None:
-        """Everything that any request may need: draws of each kind too, where a graph holds the draw."""
+        """What requests may need: each bucket, of exact lengths those that `captured_ahead` names, and where a graph
+        holds the draw, draws of each kind. Any other length is captured when it is first asked for."""
         lengths = captured_ahead(self.buckets, exact=self.config.buckets == "exact")
         draws: list[dict[str, Any]] = [{}]
         if any(op.role == "sample" and op.path == "graph" for op in self.plan.ops):

@@ -120,6 +120,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path: Path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("entry", "field"), [({"capture": "never", "cache_graphs": 3}, "cache_graphs"),
+                                              ({"capture": "sync", "behind": "thread"}, "behind")])
+def test_a_setting_without_effect_is_refused(entry: dict[str, Any], field: str) -> None:
+    """Two rows of a table that measure the same under two names."""
+    with pytest.raises(ConfigError, match=f"sets {field!r}.*changes nothing"):
+        compared(CacheConfig(compare=(entry,)))
+
+
 def test_settings_are_named_by_what_they_change() -> None:
     """Rows name a setting and nothing else says what it was."""
     config = CacheConfig(compare=({}, {"capture": "sync", "cache_graphs": 5}, {"buckets": [16, 64], "pool": "private"},

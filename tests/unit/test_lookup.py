@@ -81,6 +81,14 @@ def test_bad_settings_of_the_cache_are_refused(model: PreTrainedModel, settings:
         runtime(model, **settings)
 
 
+def test_a_step_says_that_it_waited_for_its_capture(model: PreTrainedModel) -> None:
+    """A first token many times slower than the next, both for the reason that a graph was replayed."""
+    with runtime(model, buckets=[8], capture="sync") as rt:
+        waited = [["waited" in reason for reason in rt.generate(prompt(8), max_new_tokens=3, stop=[]).reasons]
+                  for _ in range(2)]
+    assert waited == [[True, True, False], [False] * 3]
+
+
 def test_admission_sees_times_of_hits_and_misses_only(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first token that waited for its capture taken for a hit: hits would seem to save nothing."""
     seen: list[tuple[int, str]] = []
