@@ -27,7 +27,7 @@ BEHINDS: tuple[str, ...] = get_args(Behind)
 ADMISSIONS: tuple[str, ...] = get_args(Admission)
 POOLS: tuple[str, ...] = get_args(Pool)
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
-KERNELS = ("auto", "torch")
+KERNELS = ("auto", "torch", "fused")
 DTYPES = ("float32", "float16", "bfloat16")
 
 PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
@@ -92,7 +92,9 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: str | Policy = "whole"
     device: str = "auto"                               # "auto": where the model is, or the GPU if there is one
     dtype: str | None = None                           # None: as the model is
-    kernels: Literal["auto", "torch"] = "auto"         # of the static part: "torch" is the stock modules
+    kernels: Literal["auto", "torch", "fused"] = "auto"  # of decode's static part: the stock modules ("torch", auto),
+                                                       # or, in arms that compile, fused with the dynamic one
+    pdl: bool = True                                   # fused kernels start before the last one ends, where they can
     # Prompt lengths to capture; None: a ladder from the machine's roofline; "exact": every length by itself.
     buckets: Literal["exact"] | tuple[Positive, ...] | None = None
     capture: Capture = "async"

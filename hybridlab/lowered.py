@@ -13,8 +13,9 @@ from hybridlab.buckets import bucket_for
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy_name
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureFailed, StaleAddress
+from hybridlab.errors import CaptureFailed, ConfigError, StaleAddress
 from hybridlab.executors import Launched
+from hybridlab.fused import FusedDecode, refusal
 from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
@@ -37,6 +38,8 @@ class LoweredExecutor:
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
         decode = plan_of("decode")  # first: it says why a model cannot be lowered
+        if config.kernels == "fused":
+            _require_fusable(model, decode, config)
         self.namespace = JIT if config.arm in COMPILING else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
@@ -74,7 +77,11 @@ class LoweredExecutor:
                 self.modules[namespace] = lower(self.model, namespace)
             inputs = self.inputs.setdefault((phase, rows), Inputs.of(rows, self.model.device))
             span = rows if phase == "prefill" else self.kv.capacity
-            self.programs[key] = Program(self.modules[namespace], self.kv, self.logits, inputs, span)
+            module = self.modules[namespace]
+            if phase == "decode" and namespace == JIT and self.config.kernels == "fused":
+                self.programs[key] = FusedDecode(module, namespace, self.kv, self.logits, inputs, self.config.pdl)
+            else:
+                self.programs[key] = Program(module, self.kv, self.logits, inputs, span)
         return self.programs[key]
 
     def check(self) -> None:
@@ -226,6 +233,14 @@ class LoweredExecutor:
             self.lookup.close()
         self.programs.clear()
         self.modules.clear()
+
+
+def _require_fusable(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> None:
+    problem = refusal(model)
+    if problem is None and config.arm in REPLAYING and decode.policy and cut(model, decode) is not None:
+        problem = f"policy {policy_name(decode.policy)} keeps operations out of graphs that would be fused with others"
+    if problem is not None:
+        raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

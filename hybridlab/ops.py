@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hybridlab import fusedops
+
 SCHEMAS = {
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
     "float scale, int span, int window, float softcap, Tensor(c!) out) -> ()",
@@ -21,6 +23,7 @@ SCHEMAS = {
     "greedy": "(Tensor logits, Tensor(a!) token) -> ()",
     "sample": "(Tensor logits, Tensor seed, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
     "bool filtered, Tensor(a!) token) -> ()",
+    **fusedops.SCHEMAS,
 }
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -150,6 +153,7 @@ def _wide_product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 REFERENCE: dict[str, Callable[..., None]] = {
     "attend": attend, "pad": pad, "advance": advance, "greedy": greedy, "sample": sample,
+    **fusedops.REFERENCE,
 }
 
 

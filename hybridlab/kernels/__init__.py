@@ -14,7 +14,7 @@ from typing import Any
 import triton
 
 from hybridlab import ops
-from hybridlab.kernels import attend, inductor, inputs, sample
+from hybridlab.kernels import attend, attend_next, gemv, inductor, inputs, sample
 
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
@@ -29,6 +29,7 @@ triton.knobs.runtime.jit_post_compile_hook = _note_compile
 TRITON: dict[str, Callable[..., None]] = {
     "attend": attend.attend, "pad": inputs.pad, "advance": inputs.advance,
     "greedy": sample.greedy, "sample": sample.sample,
+    "project": gemv.project, "swiglu": gemv.swiglu, "residual": gemv.residual, "attend_next": attend_next.attend_next,
 }
 
 

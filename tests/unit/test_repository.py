@@ -24,14 +24,14 @@ PACKAGE = ROOT / "hybridlab"
 
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
-    ("errors", "paths", "counters", "architectures"),
+    ("errors", "paths", "counters", "architectures", "fusedops"),
     ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static", "looks", "schemas",
      "admission"),
     ("names", "workload", "tallies"),
     ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan"),
     ("experts", "tape", "plots", "policies", "costs"),
     ("lowering", "boxes", "times", "panels", "answers"),
-    ("tracing", "views", "timeline"),
+    ("tracing", "views", "timeline", "fused"),
     ("verify", "pieces"),
     ("partitioning", "graphs"),
     ("cache", "selftest"),

@@ -1,0 +1,118 @@
+"""Decode of a Llama-like model in five fused operations a layer, over the weights of the loaded model: none is copied.
+
+Every operation reads position and token from device memory, so one program, and one graph, serves every context length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hybridlab.lowering import Inputs, Program, StaticKV
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
+MOST_SPLITS = 16
+PDL_SINCE = (9, 0)  # compute capability
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why the decode step of `model` cannot be fused, or None."""
+    config, kind = model.config, model.config.model_type
+    if kind not in FAMILIES:
+        return f"{kind} is none of {', '.join(FAMILIES)}"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act}"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks, which fused kernels would pass by"
+        matrix = name.endswith(("_proj", "lm_head"))
+        if matrix and not (type(module) is nn.Linear and module.weight.is_contiguous()):
+            return f"{name} is no plain matrix"
+        if name.endswith(("gate_proj", "up_proj")) and module.bias is not None:
+            return f"{name} has a bias"
+    return None
+
+
+class _Layer:
+    """The weights of one layer, and what is fixed about its attention."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = [p.weight for p in projections]
+        self.biases = [p.bias for p in projections]
+        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self.q_gain, self.k_gain = (getattr(getattr(attention, name, None), "weight", None)
+                                    for name in ("q_norm", "k_norm"))
+        self.output, self.down = attention.o_proj, mlp.down_proj
+        self.gate, self.up = mlp.gate_proj.weight, mlp.up_proj.weight
+        self.scale = float(attention.scaling)
+        own = getattr(attention, "sliding_window", None)
+        self.window = int((own if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", 0)) or 0)
+
+
+class FusedDecode(Program):
+    """The decode step of a lowered `module` through the fused operations of `namespace`. `model` must pass `refusal`.
+
+    `pdl`: each kernel starts while the one before it still runs, where the GPU can.
+    """
+
+    def __init__(self, module: PreTrainedModel, namespace: str, kv: StaticKV, logits: Tensor, inputs: Inputs,
+                 pdl: bool = True) -> None:
+        super().__init__(module, kv, logits, inputs, kv.capacity)
+        self.ops, body, config = getattr(torch.ops, namespace), module.model, module.config
+        self.layers = [_Layer(layer, config) for layer in body.layers]
+        self.table, self.norm, self.head = body.embed_tokens.weight, body.norm, module.lm_head
+        self.pdl = pdl and logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= PDL_SINCE
+        device, dtype = logits.device, kv.layers[0][0].dtype
+        _, kv_heads, _, dim = kv.layers[0][0].shape
+        heads = config.num_attention_heads
+        with torch.no_grad():
+            every = torch.arange(kv.capacity, device=device)[None]
+            self.cos, self.sin = (t[0].contiguous() for t in body.rotary_emb(self.table[:1, None], every))
+        self.hidden = torch.zeros(config.hidden_size, device=device, dtype=dtype)
+        self.qkv = torch.zeros((heads + 2 * kv_heads) * dim, device=device, dtype=dtype)
+        self.mixed = torch.zeros(heads * dim, device=device, dtype=dtype)
+        self.opened = torch.zeros(config.intermediate_size, device=device, dtype=dtype)
+        self.partial = torch.zeros(heads, _splits(device, kv_heads), dim + 2, device=device)
+        self.arrived = torch.zeros(kv_heads, device=device, dtype=torch.int32)
+
+    def __call__(self) -> None:
+        torch.index_select(self.table, 0, self.inputs.ids[0], out=self.hidden[None])
+        for layer, (k_cache, v_cache) in zip(self.layers, self.kv.layers, strict=True):
+            self._attention(layer, k_cache, v_cache)
+            self._mlp(layer)
+        norm, head = self.norm, self.head
+        self.ops.project.default(self.hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
+                                 None, None, self.pdl, self.logits)
+
+    def _attention(self, layer: _Layer, k_cache: Tensor, v_cache: Tensor) -> None:
+        norm = layer.norms[0]
+        self.ops.project.default(self.hidden, norm.weight, norm.variance_epsilon, *layer.qkv, *layer.biases, self.pdl,
+                                 self.qkv)
+        self.ops.attend_next.default(self.qkv, self.cos, self.sin, layer.q_gain, layer.k_gain, norm.variance_epsilon,
+                                     k_cache, v_cache, self.inputs.positions, layer.scale, layer.window, self.pdl,
+                                     self.partial, self.arrived, self.mixed)
+        self.ops.residual.default(self.mixed, layer.output.weight, layer.output.bias, self.pdl, self.hidden)
+
+    def _mlp(self, layer: _Layer) -> None:
+        norm = layer.norms[1]
+        self.ops.swiglu.default(self.hidden, norm.weight, norm.variance_epsilon, layer.gate, layer.up, self.pdl,
+                                self.opened)
+        self.ops.residual.default(self.opened, layer.down.weight, layer.down.bias, self.pdl, self.hidden)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [*super().buffers, self.hidden, self.qkv, self.mixed, self.opened, self.partial, self.arrived]
+
+
+def _splits(device: torch.device, kv_heads: int) -> int:
+    """Parts of the context, so that all multiprocessors have one: a power of two."""
+    programs = PROGRAMS
+    if device.type == "cuda":
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 << min(MOST_SPLITS, max(1, programs // kv_heads)).bit_length() - 1

@@ -1,0 +1,106 @@
+"""The fused operations of one decode step of a Llama-like model in plain PyTorch: the specification of their kernels.
+
+Five of them make a layer: `project` (norm, queries, keys and values), `attend_next`, `residual` (output projection),
+`swiglu` (norm, gate and up) and `residual` again (down); `project` ends the step with the head. Each reads what changes
+from token to token from device memory. Sums are float32, and each result is rounded to its buffer's dtype once, where
+the modules of transformers round after every operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+SCHEMAS = {
+    "project": "(Tensor x, Tensor gain, float eps, Tensor a, Tensor? b, Tensor? c, Tensor? a_bias, Tensor? b_bias, "
+    "Tensor? c_bias, bool pdl, Tensor(a!) out) -> ()",
+    "swiglu": "(Tensor x, Tensor gain, float eps, Tensor gate, Tensor up, bool pdl, Tensor(a!) out) -> ()",
+    "residual": "(Tensor x, Tensor weight, Tensor? bias, bool pdl, Tensor(a!) out) -> ()",
+    "attend_next": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_gain, Tensor? k_gain, float eps, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, float scale, int window, bool pdl, "
+    "Tensor(c!) partial, Tensor(d!) arrived, Tensor(e!) out) -> ()",
+}
+
+
+def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c: Tensor | None, a_bias: Tensor | None,
+            b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor) -> None:
+    """out <- the rows of a, b and c times RMSNorm(x), plus their biases.
+
+    x, gain: [depth]; a, b, c: [rows of each, depth]; out: [rows of all], in x's dtype or float32, which then holds
+    values of x's dtype, as logits of transformers do. `pdl` changes how kernels are launched and nothing else.
+    """
+    normed = _normed(x, gain, eps)
+    parts = []
+    for weight, bias in ((a, a_bias), (b, b_bias), (c, c_bias)):
+        if weight is not None:
+            part = _wide(weight) @ normed
+            parts.append(part if bias is None else part + _wide(bias))
+    out.copy_(torch.cat(parts).to(x.dtype))
+
+
+def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor) -> None:
+    """out <- SiLU(gate @ RMSNorm(x)) * (up @ RMSNorm(x)). x, gain: [depth]; gate, up: [rows, depth]; out: [rows]."""
+    normed = _normed(x, gain, eps)
+    out.copy_(silu(_wide(gate) @ normed) * (_wide(up) @ normed))
+
+
+def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor) -> None:
+    """out <- out + weight @ x (+ bias). x: [depth]; weight: [rows, depth]; out: [rows]."""
+    added = _wide(weight) @ _wide(x)
+    out.copy_(_wide(out) + (added if bias is None else added + _wide(bias)))
+
+
+def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
+                k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, window: int, pdl: bool,
+                partial: Tensor, arrived: Tensor, out: Tensor) -> None:
+    """Rotate one token's queries and key to its position, write key and value into the cache and attend up to there.
+
+    qkv: [(heads + 2 * kv_heads) * dim], queries first, keys and values as projected; cos, sin: [capacity, dim], of
+    every position, the second half like the first. q_gain, k_gain: [dim], of an RMSNorm over each head before the
+    rotation, or None. k_cache, v_cache: [1, kv_heads, capacity, dim]; positions: int64 [1], read on the device, below
+    the capacity. `window` > 0 keeps the last `window` positions. out: [heads * dim].
+
+    partial: float32 [heads, splits, dim + 2] and arrived: int32 [kv_heads], zeros, are work space of the kernel, which
+    splits the context; arrived is zero again afterwards.
+    """
+    kv_heads, capacity, dim = k_cache.shape[1:]
+    heads = qkv.numel() // dim - 2 * kv_heads
+    query, key, value = qkv.view(-1, dim).split([heads, kv_heads, kv_heads])
+    at = torch.minimum(positions, positions.new_tensor(capacity - 1))
+    turn_cos, turn_sin = _wide(cos[at]), _wide(sin[at])
+    query = _rotated(query if q_gain is None else _normed(query, q_gain, eps), turn_cos, turn_sin).to(qkv.dtype)
+    key = _rotated(key if k_gain is None else _normed(key, k_gain, eps), turn_cos, turn_sin).to(qkv.dtype)
+    k_cache.index_copy_(2, at, key[None, :, None])
+    v_cache.index_copy_(2, at, value[None, :, None])
+    columns = torch.arange(capacity, device=qkv.device)
+    visible = columns <= at
+    if window > 0:
+        visible = visible & (columns > at - window)
+    grouped = _wide(query.view(kv_heads, heads // kv_heads, dim))
+    scores = grouped @ _wide(k_cache[0]).transpose(1, 2) * scale
+    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    values = torch.where(visible[:, None], _wide(v_cache[0]), 0)  # rows never written may hold anything
+    out.copy_((weights @ values).view(-1))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(gain)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = _wide(x)
+    first, second = wide.chunk(2, dim=-1)
+    return wide * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+REFERENCE: dict[str, Callable[..., None]] = {
+    "project": project, "swiglu": swiglu, "residual": residual, "attend_next": attend_next,
+}

@@ -1,0 +1,135 @@
+"""Triton: the attention of one decode step, from projected queries, keys and values to the mixed values.
+
+The context is split, so that all of a GPU works at batch 1; whichever program of a KV head finishes last combines the
+parts. Nothing is read before `gdc_wait` but by address: the cache was written by earlier steps, and of several steps
+in one graph an earlier one may still run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybridlab.kernels.gemv import _start
+
+BLOCK_COLUMNS = 64
+
+
+@triton.jit
+def _half(x, gain, cos, sin, at, inside, dim: tl.constexpr, normed: tl.constexpr, eps):
+    """Rows of heads at addresses `at` (of their first half), normalised and rotated: both halves, in float32."""
+    half: tl.constexpr = dim // 2
+    first = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
+    if normed:
+        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / dim + eps)[:, None]
+        column = tl.arange(0, first.shape[1])
+        first *= scale * tl.load(gain + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+        second *= scale * tl.load(gain + half + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _attend_next(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, partial, arrived, out,
+                 cache_head, capacity, group, heads, kv_heads, scale, window,
+                 dim: tl.constexpr, padded: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr,
+                 block: tl.constexpr, splits: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):
+    """One program: the `group` query heads of one KV head over one part of the context, by online softmax."""
+    _start(pdl)
+    kv_head, split = tl.program_id(0), tl.program_id(1)
+    half: tl.constexpr = dim // 2
+    dtype = k_cache.dtype.element_ty
+    position = tl.minimum(tl.load(positions), capacity - 1).to(tl.int32)
+    fold, column, member = tl.arange(0, halved), tl.arange(0, padded), tl.arange(0, block_heads)
+    turn_cos = tl.load(cos + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    turn_sin = tl.load(sin + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    head = kv_head * group + member
+    query, query_high = _half(qkv, q_gain, turn_cos, turn_sin, head[:, None] * dim + fold[None, :],
+                              (member < group)[:, None] & (fold < half)[None, :], dim, normed, eps)
+    query, query_high = query.to(dtype), query_high.to(dtype)
+    one = tl.zeros([1], dtype=tl.int32)
+    key_at = (heads + kv_head + one)[:, None] * dim + fold[None, :]
+    key, key_high = _half(qkv, k_gain, turn_cos, turn_sin, key_at, (fold < half)[None, :], dim, normed, eps)
+    key, key_high = key.to(dtype), key_high.to(dtype)
+    value = tl.load(qkv + (heads + kv_heads + kv_head) * dim + column, mask=column < dim, other=0.0)
+    base = kv_head.to(tl.int64) * cache_head
+    if split == 0:
+        row = base + position * dim
+        tl.store(k_cache + row + fold[None, :], key, mask=(fold < half)[None, :])
+        tl.store(k_cache + row + half + fold[None, :], key_high, mask=(fold < half)[None, :])
+        tl.store(v_cache + row + column, value, mask=column < dim)
+    earliest = 0
+    if window > 0:
+        earliest = tl.maximum(position - window + 1, 0)
+    share = tl.cdiv(tl.cdiv(position + 1 - earliest, splits), block) * block
+    first = earliest + split * share
+    last = tl.minimum(first + share, position + 1)
+    top = tl.full([block_heads], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([block_heads], dtype=tl.float32)
+    mixed = tl.zeros([block_heads, padded], dtype=tl.float32)
+    while first < last:
+        at = first + tl.arange(0, block)
+        stored = (at < position)[:, None]  # the row of the token itself is on its way into the cache
+        own = (at == position)[:, None]
+        low = base + at.to(tl.int64)[:, None] * dim + fold[None, :]
+        inside = stored & (at < last)[:, None] & (fold < half)[None, :]
+        keys = tl.where(own, key, tl.load(k_cache + low, mask=inside, other=0.0))
+        keys_high = tl.where(own, key_high, tl.load(k_cache + low + half, mask=inside, other=0.0))
+        wide = base + at.to(tl.int64)[:, None] * dim + column[None, :]
+        values = tl.load(v_cache + wide, mask=stored & (at < last)[:, None] & (column < dim)[None, :], other=0.0)
+        values = tl.where(own, value[None, :], values)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        scores += tl.dot(query_high, tl.trans(keys_high), input_precision="ieee")
+        scores = tl.where((at < last)[None, :], scores * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        kept, weight = tl.exp(top - higher), tl.exp(scores - higher[:, None])
+        mixed = mixed * kept[:, None] + tl.dot(weight.to(dtype), values, input_precision="ieee")
+        total = total * kept + tl.sum(weight, 1)
+        top = higher
+        first += block
+    _combine(partial, arrived, out, mixed, total, top, head, member < group, kv_head, split, dim, padded, splits)
+
+
+@triton.jit
+def _combine(partial, arrived, out, mixed, total, top, head, valid, kv_head, split,
+             dim: tl.constexpr, padded: tl.constexpr, splits: tl.constexpr):
+    """Leave this part for the last program of the head, or, if this is it, put all parts together."""
+    column = tl.arange(0, padded)
+    inside = valid[:, None] & (column < dim)[None, :]
+    slot = partial + (head * splits + split) * (dim + 2)
+    tl.store(slot[:, None] + column[None, :], mixed, mask=inside)
+    tl.store(slot + dim, total, mask=valid)
+    tl.store(slot + dim + 1, top, mask=valid)
+    tl.debug_barrier()  # every thread has stored before one of them reports it
+    if tl.atomic_add(arrived + kv_head, 1, sem="acq_rel") == splits - 1:
+        tl.store(arrived + kv_head, 0)
+        slot = partial + head * splits * (dim + 2)
+        highest = tl.full(top.shape, float("-inf"), dtype=tl.float32)
+        for part in tl.static_range(splits):
+            highest = tl.maximum(highest, tl.load(slot + part * (dim + 2) + dim + 1, mask=valid, other=0.0,
+                                                  cache_modifier=".cg"))
+        result, weights = tl.zeros(mixed.shape, dtype=tl.float32), tl.zeros(top.shape, dtype=tl.float32)
+        for part in tl.static_range(splits):
+            here = slot + part * (dim + 2)
+            factor = tl.exp(tl.load(here + dim + 1, mask=valid, other=0.0, cache_modifier=".cg") - highest)
+            result += factor[:, None] * tl.load(here[:, None] + column[None, :], mask=inside, other=0.0,
+                                                cache_modifier=".cg")
+            weights += factor * tl.load(here + dim, mask=valid, other=1.0, cache_modifier=".cg")
+        tl.store(out + head[:, None] * dim + column[None, :], (result / weights[:, None]).to(out.dtype.element_ty),
+                 mask=inside)
+
+
+def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
+                k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, window: int, pdl: bool,
+                partial: Tensor, arrived: Tensor, out: Tensor) -> None:
+    """`hybridlab.fusedops.attend_next` in one launch. The weights of a part take v's dtype before they meet it."""
+    kv_heads, capacity, dim = k_cache.shape[1:]
+    heads, splits = partial.shape[:2]
+    normed = q_gain is not None
+    _attend_next[(kv_heads, splits)](
+        qkv, cos, sin, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, eps, k_cache, v_cache,
+        positions, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,
+        window, dim, max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim // 2)),
+        max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_COLUMNS, splits, normed, pdl,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}))

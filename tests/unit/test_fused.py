@@ -1,0 +1,110 @@
+"""Fused decode: tokens of the stock model, over its own weights, at one graph a token; or a refusal that says why."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import hybridlab as hl
+from hybridlab.errors import ConfigError
+
+BASE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 192, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0, "initializer_range": 0.16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 32},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+}
+PROMPT = list(range(3, 43))
+
+
+def build(family: str, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**BASE, **settings})).eval()
+
+
+def tokens(model: PreTrainedModel, count: int = 40) -> list[int]:
+    ids = torch.tensor([PROMPT])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                         eos_token_id=None, pad_token_id=0)
+    return out[0, len(PROMPT):].tolist()
+
+
+def fused(model: Any, **settings: Any) -> hl.Runtime:
+    return hl.Runtime(model, **{"kernels": "fused", "capture": "sync", "max_len": 128, "buckets": [64], **settings})
+
+
+@pytest.mark.parametrize("arm", ["jit", "hybrid"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_stock_model(family: str, arm: str) -> None:
+    """A bias, a window, a norm of heads or an angle that the fused operations leave out."""
+    model = build(family, **FAMILIES[family])
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.3)  # as made they are ones and zeros: leaving them out is free
+    with fused(model, arm=arm) as runtime:
+        out = runtime.generate(PROMPT, max_new_tokens=40, stop=[])
+        assert out.ids == tokens(model)
+        assert runtime.counters.failures == 0
+    assert set(out.paths) == {"graph" if arm == "hybrid" else "jit"}
+
+
+def test_embedded_model_draws_the_same_with_and_without() -> None:
+    """Sampling fed by other logits, or at other positions."""
+    drawn = {}
+    for kernels in ("torch", "fused"):
+        with hl.Runtime("tiny", kernels=kernels, capture="sync", buckets=[64], max_len=128) as runtime:
+            drawn[kernels] = [runtime.generate(PROMPT, max_new_tokens=60, stop=[], **draw).ids
+                              for draw in ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.9, "top_p": 0.8})]
+    assert drawn["fused"] == drawn["torch"]
+
+
+def test_one_graph_serves_every_length_and_a_second_request() -> None:
+    """Keys of an earlier request attended, or a length baked into the graph."""
+    model = build("llama")
+    with fused(model, cache_graphs=4) as runtime:
+        first = runtime.generate(PROMPT, max_new_tokens=60, stop=[]).ids
+        other = runtime.generate(PROMPT[:5], max_new_tokens=20, stop=[]).ids
+        again = runtime.generate(PROMPT, max_new_tokens=60, stop=[]).ids
+        assert runtime.counters.captures == 2  # a prefill bucket and decode
+    assert first == again == tokens(model, 60)
+    assert other != first[:20]
+
+
+def test_no_weight_is_copied() -> None:
+    """A second copy of the weights in memory: 13 GiB for Llama-2-7B."""
+    model = build("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    smallest = min(p.numel() for p in model.parameters() if p.dim() == 2)
+    with fused(model, max_len=16, buckets=[16]) as runtime:
+        runtime.generate(PROMPT[:4], max_new_tokens=4, stop=[])
+        gc.collect()
+        program = runtime._executor.programs["hybridlab_jit", "decode", 1]
+        own = [t for t in [*vars(program).values(), *program.buffers] if isinstance(t, torch.Tensor)]
+        assert all(t.numel() < smallest for t in own if t.untyped_storage().data_ptr() not in weights)
+
+
+def with_hook(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), [
+    (lambda: build("gemma2", head_dim=16), {}, "gemma2 is none of llama"),
+    (lambda: build("llama", hidden_act="gelu"), {}, "its activation is gelu"),
+    (lambda: build("llama", mlp_bias=True), {}, "gate_proj has a bias"),
+    (lambda: with_hook(build("llama")), {}, "mlp has hooks"),
+    (lambda: build("llama"), {"policy": "piecewise"}, "policy piecewise keeps operations out of graphs"),
+    (lambda: build("llama"), {"arm": "graph"}, "arm graph compiles no kernels"),
+])
+def test_what_cannot_be_fused_is_refused(make: Any, settings: dict[str, Any], message: str) -> None:
+    """Wrong tokens of a model that only looks like a Llama, or a setting that is silently ignored."""
+    with pytest.raises(ConfigError, match=message):
+        fused(make(), **settings)
