@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -13,6 +13,7 @@ from msgspec import Meta
 from hybridlab.errors import ConfigError, choose, nearest
 
 Arm = Literal["eager", "graph", "jit", "hybrid"]
+Kernels = Literal["auto", "torch", "fused"]
 Capture = Literal["ahead", "sync", "async", "never"]
 Behind = Literal["auto", "request", "thread", "cooperative"]
 Admission = Literal["every", "pays"]
@@ -27,7 +28,7 @@ BEHINDS: tuple[str, ...] = get_args(Behind)
 ADMISSIONS: tuple[str, ...] = get_args(Admission)
 POOLS: tuple[str, ...] = get_args(Pool)
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
-KERNELS = ("auto", "torch", "fused")
+KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 DTYPES = ("float32", "float16", "bfloat16")
 
 PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
@@ -92,7 +93,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: str | Policy = "whole"
     device: str = "auto"                               # "auto": where the model is, or the GPU if there is one
     dtype: str | None = None                           # None: as the model is
-    kernels: Literal["auto", "torch", "fused"] = "auto"  # of decode's static part: the stock modules ("torch", auto),
+    kernels: Kernels = "auto"                          # of decode's static part: the stock modules ("torch", auto),
                                                        # or, in arms that compile, fused with the dynamic one
     pdl: bool = True                                   # fused kernels start before the last one ends, where they can
     # Prompt lengths to capture; None: a ladder from the machine's roofline; "exact": every length by itself.
@@ -117,6 +118,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: str = "tiny"
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)] = ARMS                        # interleaved in one process
     policy: str | Policy | Annotated[tuple[str | Policy, ...], Meta(min_length=1)] = "whole"  # several are compared
+    kernels: Kernels | Annotated[tuple[Literal["torch", "fused"], ...], Meta(min_length=1)] = "auto"  # of arms that
+                                                        # compile; several are compared
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0    # steps launched before the token of an earlier one is read
     device: str = "auto"
     dtype: str | None = None
@@ -162,17 +165,30 @@ REPLAYING = ("graph", "hybrid")  # the arms that replay graphs, so that a policy
 COMPILING = ("jit", "hybrid")    # the arms whose dynamic operations are JIT kernels
 
 
-def cells(config: RunConfig) -> dict[str, tuple[Arm, Policy]]:
-    """What a run compares, by the name it has in rows: each arm, and a replaying one under each policy.
+class Cell(NamedTuple):
+    """What one column of a run's tables was measured with."""
 
-    The name is the arm's, followed by the policy's where the run compares several.
+    arm: Arm
+    policy: Policy
+    kernels: Kernels
+
+
+def cells(config: RunConfig) -> dict[str, Cell]:
+    """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, and one that
+    compiles with each choice of kernels.
+
+    The name is the arm's, followed by the policy's where the run compares several, and by "fused" where only some are.
     """
-    several = config.policy if isinstance(config.policy, tuple) else (config.policy,)
-    policies = [policy(p) for p in several]
-    return {
-        arm if len(policies) == 1 or arm not in REPLAYING else f"{arm} {policy_name(p)}": (arm, p)
-        for arm in config.arms for p in (policies if arm in REPLAYING else policies[:1])
-    }
+    policies = [policy(p) for p in (config.policy if isinstance(config.policy, tuple) else (config.policy,))]
+    choices = config.kernels if isinstance(config.kernels, tuple) else (config.kernels,)
+    found: dict[str, Cell] = {}
+    for arm in config.arms:
+        for p in policies if arm in REPLAYING else policies[:1]:
+            for kernels in choices if arm in COMPILING else ("auto",):
+                words = [arm, policy_name(p) if len(policies) > 1 and arm in REPLAYING else "",
+                         kernels if len(choices) > 1 and kernels == "fused" else ""]
+                found[" ".join(filter(None, words))] = Cell(arm, p, kernels)
+    return found
 
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -194,7 +210,9 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
                         ("kernels", KERNELS), ("dtype", DTYPES), ("admission", ADMISSIONS), ("pool", POOLS),
                         ("eviction", EVICTIONS)):
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
-            choose(name, values[name], known)
+            several = kind is RunConfig and isinstance(values[name], list | tuple)
+            for one in values[name] if several else [values[name]]:
+                choose(name, one, known)
     if "buckets" in fields and isinstance(values.get("buckets"), str) and values["buckets"] != "exact":
         raise ConfigError(f"buckets is {values['buckets']!r}", "that is neither a list nor 'exact'",
                           "give ascending prompt lengths, 'exact' for each length by itself, or nothing for a ladder")

@@ -141,10 +141,10 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
     with contextlib.ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
         wanted = cells(config)
-        for done, (name, (arm, policy)) in enumerate(wanted.items()):
+        for done, (name, cell) in enumerate(wanted.items()):
             report(f"building {name}", done, len(wanted))
             runtimes[name] = stack.enter_context(Runtime(
-                model, arm=arm, policy=policy, device=config.device, capture="sync",
+                model, arm=cell.arm, policy=cell.policy, kernels=cell.kernels, device=config.device, capture="sync",
                 max_len=_cache_rows(model, config), run_ahead=config.run_ahead))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
@@ -169,7 +169,7 @@ def _cache_rows(model: Any, config: RunConfig) -> int:
 
 def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
-    for name in ("arms", "lengths", "policy"):
+    for name in ("arms", "lengths", "policy", "kernels"):
         values = getattr(config, name)
         if isinstance(values, tuple) and len(set(values)) != len(values):
             raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
-DASHES = {"piecewise": "dot", "full": "dash"}  # other policies are drawn solid
+DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot"}  # else solid
 
 
 def colour(arm: str) -> str:
@@ -20,8 +20,8 @@ def symbol(arm: str) -> str:
 
 
 def dash(arm: str) -> str:
-    """Policies of one arm share its colour and differ in their lines."""
-    return DASHES.get(arm.partition(" ")[2], "solid")
+    """Policies and kernels of one arm share its colour and differ in their lines."""
+    return DASHES.get(arm.rpartition(" ")[2], "solid")
 
 
 def legend(arm: str) -> dict[str, Any]:
@@ -42,4 +42,6 @@ def one_entry_an_arm(figure: go.Figure) -> go.Figure:
         trace.showlegend = trace.name not in [earlier.name for earlier in named[:number]]
     if any(trace.meta for trace in named):
         figure.layout.annotations[0].text += "; lines: whole solid, piecewise dotted, full dashed"
+        if any("fused" in str(trace.meta) for trace in named):
+            figure.layout.annotations[0].text += ", fused dash-dotted"
     return figure

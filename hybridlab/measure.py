@@ -92,7 +92,7 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
             order = _order(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats)
             for arm, length, metric in order:
                 served = _serve(runtimes[arm], prompts[length], metric, config)
-                common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm][1]),
+                common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm].policy),
                           "prompt_tokens": length}
                 rows += [common | row for row in served]
                 request += 1

@@ -161,11 +161,12 @@ def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _arms(rows: pd.DataFrame) -> list[str]:
-    """The names in the rows, in the order of the ablation: an arm, or an arm and a policy ("hybrid full")."""
+    """The names in the rows, in the order of the ablation: an arm, its policy and kernels ("hybrid full fused")."""
     there = [str(name) for name in rows["arm"].unique()]
     for name in there:
         choose("arm", name.partition(" ")[0], ARMS)
-    order = [*ARMS, *(f"{arm} {policy}" for arm in ARMS for policy in POLICIES)]
+    plain = [*ARMS, *(f"{arm} {policy}" for arm in ARMS for policy in POLICIES)]
+    order = [each for name in plain for each in (name, f"{name} fused")]
     return sorted(sorted(there), key=lambda name: (ARMS.index(name.partition(" ")[0]),
                                                    order.index(name) if name in order else len(order)))
 

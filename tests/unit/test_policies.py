@@ -97,6 +97,16 @@ def test_configs_take_policies_by_name_and_as_data() -> None:
         build(RunConfig, {"policy": ["full", "hole"]})
 
 
+def test_runs_compare_kernels_where_they_are_compiled() -> None:
+    """Two cells of one name, so that one is measured and the other forgotten; fused kernels asked of arm eager."""
+    config = build(RunConfig, {"policy": ["whole", "full"], "kernels": ["torch", "fused"]})
+    assert build(RunConfig, as_dict(config)) == config
+    assert {name: cell.kernels for name, cell in cells(config).items()} == {
+        "eager": "auto", "graph whole": "auto", "graph full": "auto", "jit": "torch", "jit fused": "fused",
+        "hybrid whole": "torch", "hybrid whole fused": "fused", "hybrid full": "torch", "hybrid full fused": "fused"}
+    assert list(cells(build(RunConfig, {"kernels": "fused"}))) == ["eager", "graph", "jit", "hybrid"]
+
+
 def test_policies_are_data_however_they_are_written() -> None:
     """The same policy from a list that cannot be hashed or compared, or a text taken for a list of letters."""
     written = Policy(outside=["prepare", "sample"])
