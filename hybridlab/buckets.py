@@ -10,7 +10,7 @@ from typing import Literal
 from hybridlab.errors import ConfigError
 
 RIDGE = 64                # rows, for a machine that was not measured
-LEAST, MOST = 16, 256     # rows of the first bucket
+LEAST, MOST = 16, 64      # rows of the first bucket
 STEPS = 4                 # buckets in each doubling above it
 AHEAD = range(1, 51)      # exact lengths that the paper captures before it serves
 
@@ -25,8 +25,9 @@ def ladder(buckets: Sequence[int] | Literal["exact"] | None, max_len: int,
     octave at most a fifth of them is padding. The last bucket is `max_len`.
 
     A measured ridge is noisy and a ladder should be the same each time, so it is rounded down to a power of two,
-    within 16 to 256. Down, as padding beyond the ridge is not free; and GPUs of the last years have theirs, in half
-    precision, between 150 and 230 rows, far from where that rounding changes. None stands for a ridge of 64.
+    within 16 to 64. A GPU's ridge lies above, in half precision between 150 and 250 rows, but kernels do not read and
+    compute at full rate at once: on an H200 a replay of Llama-2-7B takes 7.5 ms at 16 and at 64 rows, 8.3 at 128 and
+    10.6 at 256 (run h200/20261123-235410-4e2d, part "cost"). None stands for a ridge of 64.
 
     Raises `ConfigError` for lengths that are not ascending, or above `max_len`.
     """

@@ -67,18 +67,20 @@ def publish(path: Path, root: Path) -> Path:
 
 
 def redraw(root: Path) -> list[Path]:
-    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation, and those
-    about the graph cache, `cache_<trace>_<figure>`, from its latest run of each trace.
+    """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
+    `fused_<figure>` from the latest that compares kernels, and `cache_<trace>_<figure>` from its latest run of each
+    trace.
     """
     written: list[Path] = []
-    ablations: dict[str, Path] = {}
+    ablations: dict[tuple[str, str], Result] = {}
     for path in committed_runs(root / "data" / "runs"):
         if records.kind(path) == Result.kind:
-            ablations[path.parent.name] = path
+            result = Result.open(path)
+            ablations[path.parent.name, "fused_" if isinstance(result.config.kernels, tuple) else ""] = result
         else:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
-    for machine, path in ablations.items():
-        written += report.draw(Result.open(path), root / "figures" / machine, STILL)
+    for (machine, prefix), result in ablations.items():
+        written += report.draw(result, root / "figures" / machine, STILL, prefix)
     return written
 
 

@@ -36,12 +36,13 @@ def unlisted(arm: str) -> dict[str, Any]:
 
 
 def one_entry_an_arm(figure: go.Figure) -> go.Figure:
-    """The legend names each arm once; where policies are compared, the note says how their lines differ."""
+    """The legend names each arm once; where policies or kernels are compared, the note says how lines differ."""
     named = [trace for trace in figure.data if trace.showlegend]
     for number, trace in enumerate(named):
         trace.showlegend = trace.name not in [earlier.name for earlier in named[:number]]
     if any(trace.meta for trace in named):
-        figure.layout.annotations[0].text += "; lines: whole solid, piecewise dotted, full dashed"
-        if any("fused" in str(trace.meta) for trace in named):
-            figure.layout.annotations[0].text += ", fused dash-dotted"
+        names = {"piecewise": "dotted", "full": "dashed", "fused": "dash-dotted"}
+        used = {str(trace.meta).rpartition(" ")[2] for trace in named}
+        lines = [f"{name} {line}" for name, line in names.items() if name in used]
+        figure.layout.annotations[0].text += "; lines: " + ", ".join([*lines, "others solid"])
     return figure

@@ -199,7 +199,7 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
         if cell.p99 is not None:
             _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
     compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
-    names = [cell.arm.replace(" ", "<br>", 1)
+    names = [cell.arm.replace(" ", "<br>")
              + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
              for cell in cells]
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]

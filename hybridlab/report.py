@@ -98,12 +98,13 @@ FIGURES: dict[str, tuple[str, Callable[..., Any]]] = {  # name: (the metric that
 }
 
 
-def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS) -> Iterator[Path]:
-    """Write every figure that the run has rows for into `folder`; yields each file as it is there."""
+def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS, prefix: str = "") -> Iterator[Path]:
+    """Write every figure that the run has rows for into `folder`, `prefix` before its name; yields each file as it is
+    there."""
     there = set(result.rows["metric"])
     for name, (metric, figure) in FIGURES.items():
         if metric in there:
-            yield from plots.write(figure(result.rows, result.caption), folder / name, formats)
+            yield from plots.write(figure(result.rows, result.caption), folder / f"{prefix}{name}", formats)
 
 
 def _arms(result: Result) -> list[str]:

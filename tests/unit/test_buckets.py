@@ -16,8 +16,8 @@ from hybridlab.errors import ConfigError
 
 def test_the_ladder_is_flat_below_the_ridge_and_fine_above() -> None:
     """Buckets where padding is free, or steps so wide that a long prompt is mostly padding."""
-    assert ladder(None, 1024, 128) == (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-    assert ladder(None, 1000, 256) == (256, 320, 384, 448, 512, 640, 768, 896, 1000)
+    assert ladder(None, 512, 32) == (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+    assert ladder(None, 300, 200) == (64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
     assert ladder(None, 100) == (64, 80, 96, 100)
     assert ladder(None, 7) == (7,)
 
@@ -28,12 +28,12 @@ def test_a_measured_ridge_gives_a_sound_ladder(ridge: float, max_len: int) -> No
     buckets = ladder(None, max_len, ridge)
     assert list(buckets) == sorted(set(buckets))
     assert buckets[-1] == max_len
-    assert buckets[0] == max_len or buckets[0] in (16, 32, 64, 128, 256)
+    assert buckets[0] == max_len or buckets[0] in (16, 32, 64)
     assert all(5 * (high - low - 1) < high for low, high in pairwise(buckets))
 
 
-@pytest.mark.parametrize(("readings", "first"), [((18.0, 22.5, 31.9), 16), ((150.0, 176.0, 230.0), 128),
-                                                 ((0.1, 3.0), 16), ((300.0, 1e9), 256)])
+@pytest.mark.parametrize(("readings", "first"), [((18.0, 22.5, 31.9), 16), ((150.0, 176.0, 270.0, 1e9), 64),
+                                                 ((0.1, 3.0), 16)])
 def test_a_noisy_ridge_gives_the_same_ladder(readings: tuple[float, ...], first: int) -> None:
     """Other buckets, and so other captures and times, each time a machine is measured."""
     assert {ladder(None, 1024, ridge)[0] for ridge in readings} == {first}
