@@ -110,6 +110,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fallback: Fallback = "jit"                         # what serves a step whose graph is not there
     process: Literal["here"] = "here"
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
+    steps: Annotated[int, Meta(ge=1, le=64)] = 1       # decode steps of one graph launch, under policy "full"
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -229,6 +230,16 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         shown = repr(values.get(name, dict(values)))[:80]
         raise ConfigError(f"{name or kind.__name__} is {shown}", what[:1].lower() + what[1:],
                           f"see {kind.__name__} for types and ranges") from None
+
+
+def require_possible(config: RuntimeConfig) -> None:
+    """Raise `ConfigError` for settings of which one needs another."""
+    if config.kernels == "fused" and config.arm not in COMPILING:
+        raise ConfigError("kernels is 'fused'", f"arm {config.arm} compiles no kernels",
+                          f"use arm {' or '.join(map(repr, COMPILING))}, or kernels='torch'")
+    if config.steps > 1 and (config.arm not in REPLAYING or policy(config.policy) != POLICIES["full"]):
+        raise ConfigError(f"steps is {config.steps}", "only a graph that also prepares and draws can hold several",
+                          f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
 
 
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:

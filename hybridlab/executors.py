@@ -26,8 +26,8 @@ class Launched(NamedTuple):
 class Executor(Protocol):
     """Serves one request at a time: `start`, `prefill` once, then `decode` for every further token.
 
-    `prefill` and `decode` launch a step; `read` waits for its token. Steps are read in the order of their launch, and
-    no more than the `depth` that the executor was made with are launched and not read.
+    `prefill` launches a step and `decode` one or several, never more than `wanted`; `read` waits for the token of one.
+    Steps are read in the order of their launch, and no more than the executor was made for are launched and not read.
     """
 
     def check(self) -> None: ...
@@ -36,7 +36,7 @@ class Executor(Protocol):
 
     def prefill(self, ids: list[int]) -> Launched: ...
 
-    def decode(self) -> Launched: ...
+    def decode(self, wanted: int) -> list[Launched]: ...
 
     def read(self, step: Launched) -> int: ...
 
@@ -77,9 +77,9 @@ class StockExecutor:
         self.position = torch.tensor([len(ids) - 1], device=device)
         return self._step(torch.tensor([ids], device=device))
 
-    def decode(self) -> Launched:
+    def decode(self, wanted: int) -> list[Launched]:
         self.position += 1
-        return self._step(self.controls.token.clamp(min=0).view(1, 1))
+        return [self._step(self.controls.token.clamp(min=0).view(1, 1))]
 
     def _step(self, ids: Tensor) -> Launched:
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)

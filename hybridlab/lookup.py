@@ -24,6 +24,7 @@ class Key(NamedTuple):
 
     phase: str
     rows: int
+    steps: int
     draw: str  # how tokens are drawn, if the graph draws them
     policy: str
     dtype: str
@@ -74,6 +75,20 @@ class Lookup:
             return str(error)
         self._first, self._waited = None, True
         return None
+
+    def several(self, key: Key) -> bool:
+        """Whether the graph of several decode steps is there now. Until it is, they are launched one by one."""
+        if key in self.cache:
+            self.counters.hits += 1
+            return True
+        if key in self.cache.failed or self.config.capture == "never":
+            return False
+        self.counters.misses += 1
+        if self.config.capture == "async":
+            self.behind.ask(self.job_of(key), has_run=False)
+        else:
+            self.ensure(key)
+        return key in self.cache
 
     def ran(self, same: bool) -> None:
         """A step has run without a graph; `same`: by the very program that its graph would hold."""

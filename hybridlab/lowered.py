@@ -44,7 +44,8 @@ class LoweredExecutor:
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
         self.controls = Controls(model.device, self.namespace)
-        self.tokens = Readback(self.controls.token, config.run_ahead + 1)
+        self.tokens = Readback(self.controls.token, config.run_ahead + config.steps)
+        self.drawn = torch.zeros(config.steps, dtype=torch.int64, device=model.device)  # by the steps of one launch
         self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
         self.logits = torch.zeros(model.config.vocab_size, device=model.device)
         self.prompt = torch.zeros(max_len, dtype=torch.int64, device=model.device)
@@ -102,8 +103,18 @@ class LoweredExecutor:
         self.bucket = bucket_for(count, self.buckets)
         return self._launch("prefill", self.bucket or count)
 
-    def decode(self) -> Launched:
-        return self._launch("decode", 1)
+    def decode(self, wanted: int) -> list[Launched]:
+        """One step; or as many as one graph holds, if that many are wanted and the graph is there."""
+        steps = self.config.steps
+        if steps == 1 or wanted < steps or self.lookup is None:
+            return [self._launch("decode", 1)]
+        key = self._key("decode", 1, steps)
+        if not self.lookup.several(key):
+            return [self._launch("decode", 1)]
+        with self.lookup.cache.lease(key) as replay:
+            replay()
+        reason = f"replayed decode graph of 1 rows, {steps} steps a launch"
+        return [Launched(self.tokens.send(self.drawn[step:step + 1]), "graph", reason) for step in range(steps)]
 
     def read(self, step: Launched) -> int:
         if self.lookup is None:
@@ -162,9 +173,9 @@ class LoweredExecutor:
     def _sample(self) -> None:
         self.controls.draw(self.logits, self.positions)
 
-    def _key(self, phase: str, rows: int) -> Key:
+    def _key(self, phase: str, rows: int, steps: int = 1) -> Key:
         draw = "" if "sample" in self.outside else self.controls.mode
-        return Key(phase, rows, draw, *self.baked)
+        return Key(phase, rows, steps, draw, *self.baked)
 
     def job(self, phase: str, rows: int) -> Job:
         """What a graph of one step would capture, tokens drawn as the last request asked."""
@@ -175,9 +186,12 @@ class LoweredExecutor:
         program, controls = self.program(key.phase, key.rows), self.controls.as_now()
 
         def function() -> None:
-            self._inside(key.phase, program, controls)
+            for step in range(key.steps):
+                self._inside(key.phase, program, controls)
+                if key.steps > 1:
+                    self.drawn[step:step + 1].copy_(self.controls.token)
 
-        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions]
+        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions, self.drawn]
         return Job(key, function, buffers, [*program.inputs, self.controls.token, self.positions], self._cut(key),
                    pin=key.phase == "decode")
 
@@ -213,7 +227,8 @@ class LoweredExecutor:
             return
         self.start(sampling)
         rows = {b for b in (bucket_for(n, self.buckets) for n in lengths) if b is not None}
-        for key in [*(self._key("prefill", r) for r in sorted(rows, reverse=True)), self._key("decode", 1)]:
+        decode = [self._key("decode", 1, steps) for steps in {1, self.config.steps}]
+        for key in [*(self._key("prefill", r) for r in sorted(rows, reverse=True)), *decode]:
             self.lookup.ensure(key)
 
     @property

@@ -19,10 +19,10 @@ class Readback:
         self._host = torch.zeros(depth, dtype=torch.int64, pin_memory=self._cuda)
         self._arrived = [torch.cuda.Event() for _ in range(depth)] if self._cuda else []
 
-    def send(self) -> int:
-        """Send the value that the launched steps leave in `token`; returns the place to read it from."""
+    def send(self, value: Tensor | None = None) -> int:
+        """Send what the launched steps leave in `token`, or in `value`, like it; returns the place to read it from."""
         place, self._next = self._next, (self._next + 1) % self.depth
-        self._host[place:place + 1].copy_(self.token, non_blocking=True)
+        self._host[place:place + 1].copy_(self.token if value is None else value, non_blocking=True)
         if self._cuda:
             self._arrived[place].record()
         return place

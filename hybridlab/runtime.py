@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hybridlab import kernels, models
 from hybridlab.buckets import bucket_for, captured_ahead, ladder
-from hybridlab.config import COMPILING, Policy, RuntimeConfig, Sampling, build
+from hybridlab.config import Policy, RuntimeConfig, Sampling, build, require_possible
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
@@ -84,9 +84,7 @@ class Runtime:
             "capture": capture, "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback,
             "process": process, "run_ahead": run_ahead, **cache,
         })
-        if kernels == "fused" and arm not in COMPILING:
-            raise ConfigError("kernels is 'fused'", f"arm {arm} compiles no kernels",
-                              f"use arm {' or '.join(map(repr, COMPILING))}, or kernels='torch'")
+        require_possible(self.config)
         self.model = _ready(models.load(model, device=device, dtype=dtype))
         self.device: torch.device = self.model.device
         context = models.context(self.model) or DEFAULT_MAX_LEN
@@ -269,7 +267,7 @@ class Runtime:
         """Launch steps until `run_ahead` of them fly beyond the next to be read, none beyond the `wanted` last ones."""
         with torch.no_grad():
             while len(flying) < min(self.config.run_ahead + 1, wanted):
-                flying.append(self._executor.decode())
+                flying.extend(self._executor.decode(wanted - len(flying)))
 
     @contextmanager
     def _owned(self) -> Iterator[None]:

@@ -1,0 +1,57 @@
+"""Fused decode on CUDA: the tokens of the stock modules, and bits that launching early does not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import hybridlab as hl
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+BASE = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1100, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.06}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True}, "mistral": {"sliding_window": 48},
+    "qwen2": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 96, "num_key_value_heads": 8},
+}
+PROMPT = torch.randint(3, 900, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family]})
+    return AutoModelForCausalLM.from_config(config).eval().to("cuda", dtype)
+
+
+def fused(model: PreTrainedModel, **settings: Any) -> hl.Runtime:
+    return hl.Runtime(model, **{"kernels": "fused", "policy": "full", "capture": "sync", "max_len": 320,
+                                "buckets": [128], **settings})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_stock_model(family: str) -> None:
+    """A tile that the interpreter never met, or a part of the context that no multiprocessor reads."""
+    model = build(family, torch.float32)
+    ids = torch.tensor([PROMPT], device="cuda")
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=120, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)[0, len(PROMPT):].tolist()
+    for arm in ("jit", "hybrid"):
+        with fused(model, arm=arm) as runtime:
+            assert runtime.generate(PROMPT, max_new_tokens=120, stop=[]).ids == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_starting_early_changes_no_bit(dtype: torch.dtype) -> None:
+    """A kernel that reads before the wait what the one before has yet to write, now and then."""
+    model, drawn = build("llama", dtype), set()
+    for settings in ({"pdl": False, "arm": "jit"}, {"pdl": False}, {"pdl": True}, {"pdl": True, "run_ahead": 3}):
+        with fused(model, **settings) as runtime:
+            for _ in range(3):
+                ids = runtime.generate(PROMPT, max_new_tokens=240, stop=[]).ids
+                drawn.add((*ids, runtime._executor.logits.double().sum().item()))
+    assert len(drawn) == 1
