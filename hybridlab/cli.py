@@ -1,4 +1,4 @@
-"""The command line: `hybridlab env | partition | generate | run | cache | reproduce | check`."""
+"""The command line: `hybridlab env | partition | generate | run | cache | tune | reproduce | check`."""
 
 from __future__ import annotations
 
@@ -213,6 +213,30 @@ def cache(
         print(f"run      {terminal.near(result.path)}")
 
 
+@app.command(epilog=examples("hybridlab tune random:llama-2-7b", "hybridlab tune random:llama-2-7b --check",
+                              "hybridlab tune random:mistral-7b --check --gpu nvidia-h200"))
+def tune(
+    model: Annotated[str, typer.Argument(help="As --model of generate; only its config is read.")],
+    dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
+    device: Annotated[str, option("cuda or cuda:N.")] = "cuda",
+    check: Annotated[bool, option("Time nothing: say which products have a tile; exit code 1 if one has none.",
+                                   "--check")] = False,
+    gpu: Annotated[str | None, option("With --check: another GPU, named like its file in data/tuning/.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest tile of each matrix product of MODEL's fused decode step, and keep it for this GPU."""
+    with errors(debug):
+        if gpu is not None and not check:
+            raise ConfigError("--gpu goes with --check", "tiles are timed on the GPU that is here", "leave it out")
+        with err.status("starting"):
+            from hybridlab import tune as job
+
+        table, words, missing = job.coverage(model, dtype, device, gpu) if check else job.run(model, dtype, device, err)
+        terminal.results([table], words)
+    if missing:
+        raise typer.Exit(terminal.FAILED)
+
+
 @app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
                               "hybridlab reproduce --publish"))
 def reproduce(
@@ -237,30 +261,10 @@ def reproduce(
             raise ConfigError("--publish needs a checkout", "hybridlab runs from an installed package",
                               "clone the repository")
         done = job.run_all(job.steps(model, repeats, budget_s), (checkout or Path.cwd()) / "notebooks", err, root=runs)
-        _show(done[job.ABLATION].run_path, paths.figures_dir())
+        run_path = done[job.ABLATION].run_path
+        print(job.shown(run_path, paths.figures_dir(), err))
         if publish and checkout is not None:
-            _publish(done[job.ABLATION].run_path, checkout)
-
-
-def _show(run_path: Path, folder: Path) -> None:
-    from hybridlab import report
-    from hybridlab.experiment import Result
-
-    result = Result.open(run_path)
-    terminal.results([grid(result).rich() for grid in report.GRIDS.values()], result.reading())
-    with err.status("drawing figures"):
-        files = list(report.draw(result, folder))
-    names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
-    print(f"run      {terminal.near(run_path)}\nfigures  {terminal.near(folder)}: {names}")
-
-
-def _publish(run_path: Path, checkout: Path) -> None:
-    from hybridlab import committed
-
-    target = committed.publish(run_path, checkout)
-    files = committed.redraw(checkout)
-    print(f"published {target.relative_to(checkout)}, redrew {len(files)} files under figures/")
-    print(f"next: name run={target.parent.name}/{target.name} in README's table markers, then hybridlab check --write")
+            print(job.published(run_path, checkout))
 
 
 @app.command(epilog=examples("hybridlab check", "hybridlab check --write"))

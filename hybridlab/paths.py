@@ -15,7 +15,7 @@ def repository() -> Path | None:
 
 
 def data_dir() -> Path:
-    """The folder holding `models/tiny` and `prompts`: `data/` of the checkout, or its copy inside the wheel."""
+    """The folder holding `models/tiny`, `prompts` and `tuning`: `data/` of the checkout, or its copy in the wheel."""
     root = repository()
     return root / "data" if root else PACKAGE / "data"
 

@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from hybridlab import notebooks
+from hybridlab import committed, notebooks, report, terminal
 from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import NotebookError
+from hybridlab.experiment import Result
 from hybridlab.records import PARTS
 
 ABLATION = "05_ablation"
@@ -67,6 +68,25 @@ def run_all(plan: list[Step], folder: Path, console: Console,
             console.print(f"[{number + 1}/{len(plan)}] {step.notebook} in {time.monotonic() - begun:.0f} s"
                           + (f", about {_duration(left)} left" if left else ""), markup=False, highlight=False)
     return done
+
+
+def shown(run_path: Path, folder: Path, console: Console) -> str:
+    """Print the ablation's tables and draw its figures into `folder`; where both are, in words."""
+    result = Result.open(run_path)
+    terminal.results([grid(result).rich() for grid in report.GRIDS.values()], result.reading())
+    with console.status("drawing figures"):
+        files = list(report.draw(result, folder))
+    names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
+    return f"run      {terminal.near(run_path)}\nfigures  {terminal.near(folder)}: {names}"
+
+
+def published(run_path: Path, checkout: Path) -> str:
+    """Copy the run to the committed ones and redraw their figures; what was done, and what is left to do, in words."""
+    target = committed.publish(run_path, checkout)
+    files = committed.redraw(checkout)
+    name = f"{target.parent.name}/{target.name}"
+    return (f"published {target.relative_to(checkout)}, redrew {len(files)} files under figures/\n"
+            f"next: name run={name} in README's table markers, then hybridlab check --write")
 
 
 @contextmanager

@@ -8,26 +8,15 @@ else is touched after the wait.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab import tuning
+from hybridlab.tuning import Tile
+
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-class Tile(NamedTuple):
-    """How a product is cut: rows of a program, columns of a chunk, warps of a program."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-# Found on an H200 for the matrices of Llama-2-7B in float16, among 22 tiles each.
-PROJECT, SWIGLU, RESIDUAL = Tile(2, 2048, 8), Tile(2, 1024, 4), Tile(4, 2048, 8)
 
 
 @triton.jit
@@ -118,9 +107,10 @@ def _swiglu(x, gain, eps, gate, up, out, rows, depth: tl.constexpr, pdl: tl.cons
 
 
 def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c: Tensor | None, a_bias: Tensor | None,
-            b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile = PROJECT) -> None:
+            b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.project` in one launch; biases are given for all matrices or for none."""
     sizes = [0 if weight is None else weight.shape[0] for weight in (a, b, c)]
+    tile = tile or _tuned("project", sum(sizes), a)
     grid = (sum(triton.cdiv(size, tile.rows) for size in sizes),)
     biased = a_bias is not None
     biases = [bias if bias is not None else x for bias in (a_bias, b_bias, c_bias)]
@@ -128,9 +118,10 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
                    x.shape[0], True, biased, False, pdl, tile.rows, tile.columns, **_launch(pdl, tile))
 
 
-def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile = RESIDUAL) -> None:
+def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.residual` in one launch."""
     rows, depth = weight.shape
+    tile = tile or _tuned("residual", rows, weight)
     given = x if bias is None else bias
     _project[(triton.cdiv(rows, tile.rows),)](x, x, 0.0, weight, weight, weight, given, given, given, out, rows, 0, 0,
                                               depth, False, bias is not None, True, pdl, tile.rows, tile.columns,
@@ -138,11 +129,19 @@ def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Ten
 
 
 def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor,
-           tile: Tile = SWIGLU) -> None:
+           tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.swiglu` in one launch."""
     rows, depth = gate.shape
+    tile = tile or _tuned("swiglu", rows, gate)
     _swiglu[(triton.cdiv(rows, tile.rows),)](x, gain, eps, gate, up, out, rows, depth, pdl, tile.rows, tile.columns,
                                              **_launch(pdl, tile))
+
+
+def _tuned(op: str, rows: int, weight: Tensor) -> Tile:
+    if not weight.is_cuda:
+        return tuning.DEFAULTS[op]
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return tuning.tile(op, rows, weight.shape[1], dtype, weight.device.index)
 
 
 def _launch(pdl: bool, tile: Tile) -> dict[str, object]:

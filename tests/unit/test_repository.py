@@ -26,14 +26,14 @@ PACKAGE = ROOT / "hybridlab"
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops"),
     ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static", "looks", "schemas",
-     "admission"),
+     "admission", "tuning"),
     ("names", "workload", "tallies"),
     ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan"),
     ("experts", "tape", "plots", "policies", "costs"),
     ("lowering", "boxes", "times", "panels", "answers"),
     ("tracing", "views", "timeline", "fused"),
-    ("verify", "pieces"),
-    ("partitioning", "graphs"),
+    ("verify", "pieces", "tiles"),
+    ("partitioning", "graphs", "tune"),
     ("cache", "selftest"),
     ("behind", "bench"),
     ("machine",),
@@ -46,7 +46,8 @@ LEVELS = (
     ("capturing",),
     ("experiment", "notebooks"),
     ("cachelab",),
-    ("committed", "reproduce", "widgets"),
+    ("committed",),
+    ("reproduce", "widgets"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -349,9 +350,9 @@ def test_constraints_pin_what_pyproject_allows() -> None:
 
 
 def test_wheel_carries_the_embedded_data() -> None:
-    """Prevents an installed package without the model and the prompts that every command starts from."""
+    """Prevents an installed package without the model, prompts and tiles that every command starts from."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["sources"] == {"data": "hybridlab/data"}
-    for folder in ("/data/models/tiny", "/data/prompts"):
+    for folder in ("/data/models/tiny", "/data/prompts", "/data/tuning"):
         assert folder in wheel["include"]
         assert any((ROOT / folder.strip("/")).iterdir()), folder
