@@ -16,6 +16,7 @@ from hybridlab.lowering import Inputs, Program, StaticKV
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
 MOST_SPLITS = 16
+WAVES = 2        # programs of attention for each multiprocessor
 PDL_SINCE = (9, 0)  # compute capability
 
 
@@ -115,4 +116,4 @@ def _splits(device: torch.device, kv_heads: int) -> int:
     programs = PROGRAMS
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 << min(MOST_SPLITS, max(1, programs // kv_heads)).bit_length() - 1
+    return 1 << min(MOST_SPLITS, max(1, WAVES * programs // kv_heads)).bit_length() - 1

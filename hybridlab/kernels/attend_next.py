@@ -1,8 +1,8 @@
 """Triton: the attention of one decode step, from projected queries, keys and values to the mixed values.
 
 The context is split, so that all of a GPU works at batch 1; whichever program of a KV head finishes last combines the
-parts. Nothing is read before `gdc_wait` but by address: the cache was written by earlier steps, and of several steps
-in one graph an earlier one may still run.
+parts. With programmatic dependent launch the position and the first cache rows of a part are read before the wait for
+the projection: earlier steps wrote them, and a step begins with kernels that start only when all before have ended.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlab.kernels.gemv import _start
+if hasattr(tl.extra, "cuda"):
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_COLUMNS = 64
+BLOCK_COLUMNS, WARPS = 64, 4
 
 
 @triton.jit
@@ -31,19 +32,47 @@ def _half(x, gain, cos, sin, at, inside, dim: tl.constexpr, normed: tl.constexpr
 
 
 @triton.jit
+def _rows(k_cache, v_cache, base, first, last, dim: tl.constexpr, padded: tl.constexpr, halved: tl.constexpr,
+          block: tl.constexpr):
+    """Rows `first` to `last`, `block` at most, of a head's keys, in halves as they are rotated, and of its values."""
+    half: tl.constexpr = dim // 2
+    at = first + tl.arange(0, block)
+    fold, column = tl.arange(0, halved), tl.arange(0, padded)
+    row = base + at.to(tl.int64)[:, None] * dim
+    inside = (at < last)[:, None] & (fold < half)[None, :]
+    low = tl.load(k_cache + row + fold[None, :], mask=inside, other=0.0)
+    high = tl.load(k_cache + row + half + fold[None, :], mask=inside, other=0.0)
+    values = tl.load(v_cache + row + column[None, :], mask=(at < last)[:, None] & (column < dim)[None, :], other=0.0)
+    return low, high, values
+
+
+@triton.jit
 def _attend_next(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, partial, arrived, out,
                  cache_head, capacity, group, heads, kv_heads, scale, window,
                  dim: tl.constexpr, padded: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr,
                  block: tl.constexpr, splits: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):
     """One program: the `group` query heads of one KV head over one part of the context, by online softmax."""
-    _start(pdl)
+    if pdl:
+        gdc_launch_dependents()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = dim // 2
     dtype = k_cache.dtype.element_ty
+    base = kv_head.to(tl.int64) * cache_head
     position = tl.minimum(tl.load(positions), capacity - 1).to(tl.int32)
+    earliest = 0
+    if window > 0:
+        earliest = tl.maximum(position - window + 1, 0)
+    share = tl.cdiv(tl.cdiv(position + 1 - earliest, splits), block) * block
+    parts = tl.cdiv(position + 1 - earliest, share)  # those that have a row
+    first = earliest + split * share
+    last = tl.minimum(first + share, position + 1)
     fold, column, member = tl.arange(0, halved), tl.arange(0, padded), tl.arange(0, block_heads)
     turn_cos = tl.load(cos + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
     turn_sin = tl.load(sin + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    stored = tl.minimum(last, position)  # the row of the token itself is on its way into the cache
+    keys, keys_high, values = _rows(k_cache, v_cache, base, first, stored, dim, padded, halved, block)
+    if pdl:
+        gdc_wait()
     head = kv_head * group + member
     query, query_high = _half(qkv, q_gain, turn_cos, turn_sin, head[:, None] * dim + fold[None, :],
                               (member < group)[:, None] & (fold < half)[None, :], dim, normed, eps)
@@ -53,31 +82,18 @@ def _attend_next(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions
     key, key_high = _half(qkv, k_gain, turn_cos, turn_sin, key_at, (fold < half)[None, :], dim, normed, eps)
     key, key_high = key.to(dtype), key_high.to(dtype)
     value = tl.load(qkv + (heads + kv_heads + kv_head) * dim + column, mask=column < dim, other=0.0)
-    base = kv_head.to(tl.int64) * cache_head
     if split == 0:
         row = base + position * dim
         tl.store(k_cache + row + fold[None, :], key, mask=(fold < half)[None, :])
         tl.store(k_cache + row + half + fold[None, :], key_high, mask=(fold < half)[None, :])
         tl.store(v_cache + row + column, value, mask=column < dim)
-    earliest = 0
-    if window > 0:
-        earliest = tl.maximum(position - window + 1, 0)
-    share = tl.cdiv(tl.cdiv(position + 1 - earliest, splits), block) * block
-    first = earliest + split * share
-    last = tl.minimum(first + share, position + 1)
     top = tl.full([block_heads], float("-inf"), dtype=tl.float32)
     total = tl.zeros([block_heads], dtype=tl.float32)
     mixed = tl.zeros([block_heads, padded], dtype=tl.float32)
     while first < last:
         at = first + tl.arange(0, block)
-        stored = (at < position)[:, None]  # the row of the token itself is on its way into the cache
         own = (at == position)[:, None]
-        low = base + at.to(tl.int64)[:, None] * dim + fold[None, :]
-        inside = stored & (at < last)[:, None] & (fold < half)[None, :]
-        keys = tl.where(own, key, tl.load(k_cache + low, mask=inside, other=0.0))
-        keys_high = tl.where(own, key_high, tl.load(k_cache + low + half, mask=inside, other=0.0))
-        wide = base + at.to(tl.int64)[:, None] * dim + column[None, :]
-        values = tl.load(v_cache + wide, mask=stored & (at < last)[:, None] & (column < dim)[None, :], other=0.0)
+        keys, keys_high = tl.where(own, key, keys), tl.where(own, key_high, keys_high)
         values = tl.where(own, value[None, :], values)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         scores += tl.dot(query_high, tl.trans(keys_high), input_precision="ieee")
@@ -88,36 +104,44 @@ def _attend_next(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions
         total = total * kept + tl.sum(weight, 1)
         top = higher
         first += block
-    _combine(partial, arrived, out, mixed, total, top, head, member < group, kv_head, split, dim, padded, splits)
+        keys, keys_high, values = _rows(k_cache, v_cache, base, first, stored, dim, padded, halved, block)
+    if split < parts:
+        _combine(partial, arrived, out, mixed, total, top, head, member < group, kv_head, split, parts,
+                 dim, padded, splits)
 
 
 @triton.jit
-def _combine(partial, arrived, out, mixed, total, top, head, valid, kv_head, split,
+def _combine(partial, arrived, out, mixed, total, top, head, valid, kv_head, split, parts,
              dim: tl.constexpr, padded: tl.constexpr, splits: tl.constexpr):
     """Leave this part for the last program of the head, or, if this is it, put all parts together."""
     column = tl.arange(0, padded)
     inside = valid[:, None] & (column < dim)[None, :]
-    slot = partial + (head * splits + split) * (dim + 2)
-    tl.store(slot[:, None] + column[None, :], mixed, mask=inside)
-    tl.store(slot + dim, total, mask=valid)
-    tl.store(slot + dim + 1, top, mask=valid)
-    tl.debug_barrier()  # every thread has stored before one of them reports it
-    if tl.atomic_add(arrived + kv_head, 1, sem="acq_rel") == splits - 1:
-        tl.store(arrived + kv_head, 0)
-        slot = partial + head * splits * (dim + 2)
-        highest = tl.full(top.shape, float("-inf"), dtype=tl.float32)
-        for part in tl.static_range(splits):
-            highest = tl.maximum(highest, tl.load(slot + part * (dim + 2) + dim + 1, mask=valid, other=0.0,
-                                                  cache_modifier=".cg"))
-        result, weights = tl.zeros(mixed.shape, dtype=tl.float32), tl.zeros(top.shape, dtype=tl.float32)
-        for part in tl.static_range(splits):
-            here = slot + part * (dim + 2)
-            factor = tl.exp(tl.load(here + dim + 1, mask=valid, other=0.0, cache_modifier=".cg") - highest)
-            result += factor[:, None] * tl.load(here[:, None] + column[None, :], mask=inside, other=0.0,
-                                                cache_modifier=".cg")
-            weights += factor * tl.load(here + dim, mask=valid, other=1.0, cache_modifier=".cg")
-        tl.store(out + head[:, None] * dim + column[None, :], (result / weights[:, None]).to(out.dtype.element_ty),
-                 mask=inside)
+    target = out + head[:, None] * dim + column[None, :]
+    if parts == 1:
+        tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    else:
+        slot = partial + (head * splits + split) * (dim + 2)
+        tl.store(slot[:, None] + column[None, :], mixed, mask=inside)
+        tl.store(slot + dim, total, mask=valid)
+        tl.store(slot + dim + 1, top, mask=valid)
+        tl.debug_barrier()  # every thread has stored before one of them reports it
+        if tl.atomic_add(arrived + kv_head, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived + kv_head, 0)
+            slot = partial + head * splits * (dim + 2)
+            highest = tl.full(top.shape, float("-inf"), dtype=tl.float32)
+            for part in tl.static_range(splits):
+                highest = tl.maximum(highest, tl.load(slot + part * (dim + 2) + dim + 1, mask=valid & (part < parts),
+                                                      other=float("-inf"), cache_modifier=".cg"))
+            result, weights = tl.zeros(mixed.shape, dtype=tl.float32), tl.zeros(top.shape, dtype=tl.float32)
+            for part in tl.static_range(splits):
+                here, there = slot + part * (dim + 2), valid & (part < parts)
+                tops = tl.load(here + dim + 1, mask=there, other=float("-inf"), cache_modifier=".cg")
+                factor = tl.exp(tl.where(there, tops - highest, float("-inf")))
+                result += factor[:, None] * tl.load(here[:, None] + column[None, :], mask=inside & (part < parts),
+                                                    other=0.0, cache_modifier=".cg")
+                weights += factor * tl.load(here + dim, mask=there, other=0.0, cache_modifier=".cg")
+            result = result / tl.where(valid, weights, 1.0)[:, None]
+            tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
@@ -132,4 +156,4 @@ def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_
         positions, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,
         window, dim, max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim // 2)),
         max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_COLUMNS, splits, normed, pdl,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}))
+        num_warps=WARPS, **({"launch_pdl": True} if pdl else {}))
