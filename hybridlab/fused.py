@@ -1,11 +1,12 @@
-"""Decode of a Llama-like model in five fused operations a layer, over the weights of the loaded model: none is copied.
+"""A Llama-like model's step in five fused operations a layer, over the weights of the loaded model: none is copied.
 
-Every operation reads position and token from device memory, so one program, and one graph, serves every context length.
+Every operation reads positions and tokens from device memory, so one program of one token, and one graph, serves every
+context length, and one of each bucket every prompt that fits it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ PDL_SINCE = (9, 0)  # compute capability
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why the decode step of `model` cannot be fused, or None."""
+    """Why the steps of `model` cannot be fused, or None."""
     config, kind = model.config, model.config.model_type
     if kind not in FAMILIES:
         return f"{kind} is none of {', '.join(FAMILIES)}"
@@ -56,59 +57,75 @@ class _Layer:
         self.window = int((own if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", 0)) or 0)
 
 
-class FusedDecode(Program):
-    """The decode step of a lowered `module` through the fused operations of `namespace`. `model` must pass `refusal`.
+class _Work(NamedTuple):
+    """What one step writes on its way: of one token vectors, of several `[tokens, ...]`."""
+
+    hidden: Tensor
+    qkv: Tensor
+    mixed: Tensor
+    opened: Tensor
+
+
+class FusedStep(Program):
+    """A step of a lowered `module` through the fused operations of `namespace`. `model` must pass `refusal`.
 
     `pdl`: each kernel starts while the one before it still runs, where the GPU can.
     """
 
     def __init__(self, module: PreTrainedModel, namespace: str, kv: StaticKV, logits: Tensor, inputs: Inputs,
-                 pdl: bool = True) -> None:
-        super().__init__(module, kv, logits, inputs, kv.capacity)
+                 span: int, pdl: bool = True) -> None:
+        super().__init__(module, kv, logits, inputs, span)
         self.ops, body, config = getattr(torch.ops, namespace), module.model, module.config
         self.layers = [_Layer(layer, config) for layer in body.layers]
         self.table, self.norm, self.head = body.embed_tokens.weight, body.norm, module.lm_head
         self.pdl = pdl and logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= PDL_SINCE
-        device, dtype = logits.device, kv.layers[0][0].dtype
-        _, kv_heads, _, dim = kv.layers[0][0].shape
-        heads = config.num_attention_heads
+        self.caches = [(k[:, :, :span], v[:, :, :span]) for k, v in kv.layers]
+        _, kv_heads, _, self.dim = kv.layers[0][0].shape
+        self.heads, self.kv_heads, self.inner = config.num_attention_heads, kv_heads, config.intermediate_size
+        device = logits.device
         with torch.no_grad():
-            every = torch.arange(kv.capacity, device=device)[None]
+            every = torch.arange(span, device=device)[None]
             self.cos, self.sin = (t[0].contiguous() for t in body.rotary_emb(self.table[:1, None], every))
-        self.hidden = torch.zeros(config.hidden_size, device=device, dtype=dtype)
-        self.qkv = torch.zeros((heads + 2 * kv_heads) * dim, device=device, dtype=dtype)
-        self.mixed = torch.zeros(heads * dim, device=device, dtype=dtype)
-        self.opened = torch.zeros(config.intermediate_size, device=device, dtype=dtype)
-        self.partial = torch.zeros(heads, _splits(device, kv_heads), dim + 2, device=device)
+        splits = _splits(device, kv_heads) if self.rows == 1 else 0
+        self.partial = torch.zeros(self.heads, splits, self.dim + 2, device=device)
         self.arrived = torch.zeros(kv_heads, device=device, dtype=torch.int32)
+        self.work = self._work() if self.rows == 1 else None  # a prompt's would be held by every bucket
+
+    def _work(self) -> _Work:
+        sizes = (self.table.shape[1], (self.heads + 2 * self.kv_heads) * self.dim, self.heads * self.dim, self.inner)
+        tokens = (self.rows,) if self.rows > 1 else ()
+        return _Work(*(self.table.new_empty((*tokens, size)) for size in sizes))
 
     def __call__(self) -> None:
-        torch.index_select(self.table, 0, self.inputs.ids[0], out=self.hidden[None])
-        for layer, (k_cache, v_cache) in zip(self.layers, self.kv.layers, strict=True):
-            self._attention(layer, k_cache, v_cache)
-            self._mlp(layer)
-        norm, head = self.norm, self.head
-        self.ops.project.default(self.hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
+        work = self.work or self._work()
+        torch.index_select(self.table, 0, self.inputs.ids[0], out=work.hidden.view(self.rows, -1))
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            self._attention(layer, cache, work)
+            self._mlp(layer, work)
+        norm, head, hidden = self.norm, self.head, work.hidden
+        if self.rows > 1:
+            hidden = hidden.index_select(0, self.inputs.last)[0]
+        self.ops.project.default(hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
                                  None, None, self.pdl, self.logits)
 
-    def _attention(self, layer: _Layer, k_cache: Tensor, v_cache: Tensor) -> None:
+    def _attention(self, layer: _Layer, cache: tuple[Tensor, Tensor], work: _Work) -> None:
         norm = layer.norms[0]
-        self.ops.project.default(self.hidden, norm.weight, norm.variance_epsilon, *layer.qkv, *layer.biases, self.pdl,
-                                 self.qkv)
-        self.ops.attend_next.default(self.qkv, self.cos, self.sin, layer.q_gain, layer.k_gain, norm.variance_epsilon,
-                                     k_cache, v_cache, self.inputs.positions, layer.scale, layer.window, self.pdl,
-                                     self.partial, self.arrived, self.mixed)
-        self.ops.residual.default(self.mixed, layer.output.weight, layer.output.bias, self.pdl, self.hidden)
+        self.ops.project.default(work.hidden, norm.weight, norm.variance_epsilon, *layer.qkv, *layer.biases, self.pdl,
+                                 work.qkv)
+        self.ops.attend_next.default(work.qkv, self.cos, self.sin, layer.q_gain, layer.k_gain, norm.variance_epsilon,
+                                     *cache, self.inputs.positions, layer.scale, layer.window, self.pdl,
+                                     self.partial, self.arrived, work.mixed)
+        self.ops.residual.default(work.mixed, layer.output.weight, layer.output.bias, self.pdl, work.hidden)
 
-    def _mlp(self, layer: _Layer) -> None:
+    def _mlp(self, layer: _Layer, work: _Work) -> None:
         norm = layer.norms[1]
-        self.ops.swiglu.default(self.hidden, norm.weight, norm.variance_epsilon, layer.gate, layer.up, self.pdl,
-                                self.opened)
-        self.ops.residual.default(self.opened, layer.down.weight, layer.down.bias, self.pdl, self.hidden)
+        self.ops.swiglu.default(work.hidden, norm.weight, norm.variance_epsilon, layer.gate, layer.up, self.pdl,
+                                work.opened)
+        self.ops.residual.default(work.opened, layer.down.weight, layer.down.bias, self.pdl, work.hidden)
 
     @property
     def buffers(self) -> list[Tensor]:
-        return [*super().buffers, self.hidden, self.qkv, self.mixed, self.opened, self.partial, self.arrived]
+        return [*super().buffers, *(self.work or ()), self.partial, self.arrived]
 
 
 def _splits(device: torch.device, kv_heads: int) -> int:

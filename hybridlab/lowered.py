@@ -15,7 +15,7 @@ from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, poli
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, ConfigError, StaleAddress
 from hybridlab.executors import Launched
-from hybridlab.fused import FusedDecode, refusal
+from hybridlab.fused import FusedStep, refusal
 from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
@@ -79,8 +79,8 @@ class LoweredExecutor:
             inputs = self.inputs.setdefault((phase, rows), Inputs.of(rows, self.model.device))
             span = rows if phase == "prefill" else self.kv.capacity
             module = self.modules[namespace]
-            if phase == "decode" and namespace == JIT and self.config.kernels == "fused":
-                self.programs[key] = FusedDecode(module, namespace, self.kv, self.logits, inputs, self.config.pdl)
+            if namespace == JIT and self.config.kernels == "fused":
+                self.programs[key] = FusedStep(module, namespace, self.kv, self.logits, inputs, span, self.config.pdl)
             else:
                 self.programs[key] = Program(module, self.kv, self.logits, inputs, span)
         return self.programs[key]

@@ -65,7 +65,7 @@ class Found(NamedTuple):
 
 class Weights:
     """Random matrices of one product in `copies`, which launches take in turn, so that none finds its own in a cache,
-    and what else the product needs. `pdl` as in `FusedDecode`."""
+    and what else the product needs. `pdl` as in `FusedStep`."""
 
     def __init__(self, product: Product, dtype: torch.dtype, device: torch.device, copies: int, pdl: bool) -> None:
         self.product, self.pdl = product, pdl

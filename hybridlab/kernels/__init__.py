@@ -14,7 +14,7 @@ from typing import Any
 import triton
 
 from hybridlab import ops
-from hybridlab.kernels import attend, attend_next, gemv, inductor, inputs, sample
+from hybridlab.kernels import attend, attend_next, gemm, gemv, inductor, inputs, sample
 
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
@@ -31,6 +31,9 @@ TRITON: dict[str, Callable[..., None]] = {
     "greedy": sample.greedy, "sample": sample.sample,
     "project": gemv.project, "swiglu": gemv.swiglu, "residual": gemv.residual, "attend_next": attend_next.attend_next,
 }
+OF_SEVERAL: dict[str, Callable[..., None]] = {  # tokens: where the first argument has two dimensions
+    "project": gemm.project, "swiglu": gemm.swiglu, "residual": gemm.residual,
+}
 
 
 def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
@@ -39,7 +42,8 @@ def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
     Compiles the kernel for the shapes of `args` if that has not happened yet.
     """
     if args[0].is_cuda:
-        return partial(TRITON[name], *args)
+        several = args[0].dim() == 2 and name in OF_SEVERAL
+        return partial((OF_SEVERAL if several else TRITON)[name], *args)
     return inductor.bind(name, args)
 
 

@@ -85,9 +85,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
     padded = max(16, triton.next_power_of_2(dim))
     _write[(rows, kv_heads)](k, v, k_cache, v_cache, positions, k.stride(1), k.stride(2), v.stride(1), v.stride(2),
                              k_cache.stride(1), k_cache.stride(2), dim, padded)
+    forward(q, k_cache, v_cache, positions, scale, span, window, softcap, out)
+
+
+def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, span: int, window: int,
+            softcap: float, out: Tensor) -> None:
+    """The attention of `attend`, of rows that are in the cache. `out` may be the memory of q."""
+    heads, rows, dim = q.shape[1:]
+    kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     block_rows = 16 if rows == 1 else 128 // q.element_size()  # 16 is the least a matrix unit takes
     grid = (kv_heads, triton.cdiv(rows * group, block_rows))
     _attend[grid](q, k_cache, v_cache, positions, out, q.stride(1), q.stride(2), k_cache.stride(1), k_cache.stride(2),
                   out.stride(1), out.stride(2), rows, group, span, window, scale, softcap,
-                  dim, padded, block_rows, BLOCK_COLUMNS)
+                  dim, max(16, triton.next_power_of_2(dim)), block_rows, BLOCK_COLUMNS)

@@ -11,10 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab.kernels import attend
+from hybridlab.kernels.gemv import _start
+
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK_COLUMNS, WARPS = 64, 4
+TURNED_HEADS = 16  # of one token by one program
 
 
 @triton.jit
@@ -144,16 +148,58 @@ def _combine(partial, arrived, out, mixed, total, top, head, valid, kv_head, spl
             tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, cache_head, capacity, heads, kv_heads,
+          dim: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):
+    """Some heads of one of several tokens: queries rotated into `out`, keys rotated and values as they are into the
+    cache."""
+    _start(pdl)
+    token, head = tl.program_id(0), tl.program_id(1) * block_heads + tl.arange(0, block_heads)
+    half: tl.constexpr = dim // 2
+    fold = tl.arange(0, halved)
+    position = tl.minimum(tl.load(positions + token), capacity - 1)
+    inside = (head < heads + 2 * kv_heads)[:, None] & (fold < half)[None, :]
+    at = (token * (heads + 2 * kv_heads) + head)[:, None] * dim + fold[None, :]
+    turn_cos = tl.load(cos + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    turn_sin = tl.load(sin + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    low, high = _half(qkv, q_gain, turn_cos, turn_sin, at, inside, dim, normed, eps)
+    target = out + (token * heads + head)[:, None] * dim + fold[None, :]
+    is_query = inside & (head < heads)[:, None]
+    tl.store(target, low.to(out.dtype.element_ty), mask=is_query)
+    tl.store(target + half, high.to(out.dtype.element_ty), mask=is_query)
+    if normed:
+        low, high = _half(qkv, k_gain, turn_cos, turn_sin, at, inside, dim, normed, eps)
+    row = (head - heads).to(tl.int64)[:, None] * cache_head + position * dim + fold[None, :]
+    is_key = inside & (head >= heads)[:, None] & (head < heads + kv_heads)[:, None]
+    tl.store(k_cache + row, low.to(k_cache.dtype.element_ty), mask=is_key)
+    tl.store(k_cache + row + half, high.to(k_cache.dtype.element_ty), mask=is_key)
+    row -= kv_heads * cache_head
+    is_value = inside & (head >= heads + kv_heads)[:, None]
+    tl.store(v_cache + row, tl.load(qkv + at, mask=is_value), mask=is_value)
+    tl.store(v_cache + row + half, tl.load(qkv + at + half, mask=is_value), mask=is_value)
+
+
 def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
                 k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, window: int, pdl: bool,
                 partial: Tensor, arrived: Tensor, out: Tensor) -> None:
-    """`hybridlab.fusedops.attend_next` in one launch. The weights of a part take v's dtype before they meet it."""
+    """`hybridlab.fusedops.attend_next`, in one launch for one token and in two for several.
+
+    The weights of a part take v's dtype before they meet it.
+    """
     kv_heads, capacity, dim = k_cache.shape[1:]
     heads, splits = partial.shape[:2]
-    normed = q_gain is not None
+    normed, early = q_gain is not None, {"launch_pdl": True} if pdl else {}
+    given = (qkv, cos, sin, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, eps, k_cache,
+             v_cache, positions)
+    halved = max(16, triton.next_power_of_2(dim // 2))
+    if positions.numel() > 1:
+        _turn[(positions.numel(), triton.cdiv(heads + 2 * kv_heads, TURNED_HEADS))](
+            *given, out, k_cache.stride(1), capacity, heads, kv_heads, dim, halved, TURNED_HEADS, normed, pdl, **early)
+        attend.forward(out.view(1, -1, heads, dim).transpose(1, 2), k_cache, v_cache, positions, scale, capacity,
+                       window, 0.0, out.view(1, -1, heads, dim))
+        return
     _attend_next[(kv_heads, splits)](
-        qkv, cos, sin, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, eps, k_cache, v_cache,
-        positions, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,
-        window, dim, max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim // 2)),
+        *given, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,
+        window, dim, max(16, triton.next_power_of_2(dim)), halved,
         max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_COLUMNS, splits, normed, pdl,
-        num_warps=WARPS, **({"launch_pdl": True} if pdl else {}))
+        num_warps=WARPS, **early)

@@ -108,7 +108,7 @@ def _swiglu(x, gain, eps, gate, up, out, rows, depth: tl.constexpr, pdl: tl.cons
 
 def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c: Tensor | None, a_bias: Tensor | None,
             b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
-    """`hybridlab.fusedops.project` in one launch; biases are given for all matrices or for none."""
+    """`hybridlab.fusedops.project` of one token in one launch; biases are given for all matrices or for none."""
     sizes = [0 if weight is None else weight.shape[0] for weight in (a, b, c)]
     tile = tile or _tuned("project", sum(sizes), a)
     grid = (sum(triton.cdiv(size, tile.rows) for size in sizes),)
@@ -119,7 +119,7 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
 
 
 def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
-    """`hybridlab.fusedops.residual` in one launch."""
+    """`hybridlab.fusedops.residual` of one token in one launch."""
     rows, depth = weight.shape
     tile = tile or _tuned("residual", rows, weight)
     given = x if bias is None else bias
@@ -130,7 +130,7 @@ def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Ten
 
 def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor,
            tile: Tile | None = None) -> None:
-    """`hybridlab.fusedops.swiglu` in one launch."""
+    """`hybridlab.fusedops.swiglu` of one token in one launch."""
     rows, depth = gate.shape
     tile = tile or _tuned("swiglu", rows, gate)
     _swiglu[(triton.cdiv(rows, tile.rows),)](x, gain, eps, gate, up, out, rows, depth, pdl, tile.rows, tile.columns,
