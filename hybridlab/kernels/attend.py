@@ -79,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
 
     The cost follows the device-side position, not `span`, so one capture serves every context length.
     """
-    heads, rows, dim = q.shape[1:]
+    rows, dim = q.shape[2:]
     kv_heads = k_cache.shape[1]
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     padded = max(16, triton.next_power_of_2(dim))

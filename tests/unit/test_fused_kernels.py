@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridlab import fusedops
-from hybridlab.kernels import attend_next, gemv
+from hybridlab.kernels import attend_next, gemm, gemv
 from hybridlab.kernels.gemv import Tile
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
@@ -80,6 +80,85 @@ def test_residual(depth: int, rows: int, biased: bool, tile: Tile, dtype: torch.
     gemv.residual(*args, out, tile=tile)
     fusedops.residual(*wide(args), exact)
     require_close(out, exact, dtype)
+
+
+TOKENS = [2, 16, 33, 65, 130]  # tiles of 16 and 64, with padding, and beyond what the kernels themselves multiply
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("sizes", "biased"), [((70, 33, 5), True), ((64, 64, 64), False), ((130, 0, 0), True)])
+def test_project_of_several_tokens(sizes: tuple, biased: bool, tokens: int, dtype: torch.dtype) -> None:
+    """A matrix written over its neighbour's columns, the norm of another token, a bias of another matrix."""
+    torch.manual_seed(tokens)
+    weights = [noise(size, 100, scale=0.1, dtype=dtype) if size else None for size in sizes]
+    biases = [noise(size, dtype=dtype) if biased and size else None for size in sizes]
+    x = noise(tokens, 100, scale=2e-3 if biased else 3.0, dtype=dtype)
+    args = (x, noise(100, dtype=dtype), 1e-5, *weights, *biases, False)
+    out, exact = (torch.full((tokens, sum(sizes)), float("nan"), device=DEVICE, dtype=d)
+                  for d in (dtype, torch.float64))
+    gemm.project(*args, out)
+    fusedops.project(*wide(args), exact)
+    require_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("rows", [64, 33])
+def test_swiglu_of_several_tokens(rows: int, tokens: int, dtype: torch.dtype) -> None:
+    """Gate and up, which share a tile, taken for each other."""
+    torch.manual_seed(tokens)
+    gate, up = (noise(rows, 100, scale=0.1, dtype=dtype) for _ in range(2))
+    args = (noise(tokens, 100, scale=3.0, dtype=dtype), noise(100, dtype=dtype), 1e-6, gate, up, False)
+    out, exact = (torch.full((tokens, rows), float("nan"), device=DEVICE, dtype=d) for d in (dtype, torch.float64))
+    gemm.swiglu(*args, out)
+    fusedops.swiglu(*wide(args), exact)
+    require_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_residual_of_several_tokens(biased: bool, tokens: int, dtype: torch.dtype) -> None:
+    """What was there overwritten."""
+    torch.manual_seed(tokens)
+    out = noise(tokens, 70, dtype=dtype)
+    exact = out.double()
+    args = (noise(tokens, 100, dtype=dtype), noise(70, 100, scale=0.1, dtype=dtype),
+            noise(70, dtype=dtype) if biased else None, False)
+    gemm.residual(*args, out)
+    fusedops.residual(*wide(args), exact)
+    require_close(out, exact, dtype)
+
+
+PROMPTS = [  # tokens, heads, kv_heads, dim, span, window, normed
+    (2, 4, 4, 64, 64, 0, True),     # a bucket that the prompt does not fill
+    (5, 4, 2, 32, 5, 0, False),     # one that it does
+    (17, 6, 2, 24, 20, 0, True),    # a head size that is no power of two
+    (70, 8, 1, 16, 70, 7, False),   # a window; more heads than one program turns
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", PROMPTS)
+def test_attend_next_of_several_tokens(case: tuple, dtype: torch.dtype) -> None:
+    """Keys and values exchanged, a token that sees the next one, rows beyond a bucket's slice of the cache written."""
+    tokens, heads, kv_heads, dim, span, window, normed = case
+    torch.manual_seed(tokens)
+    whole = [torch.full((1, kv_heads, span + 3, dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
+    angles = torch.outer(torch.arange(span), 1000.0 ** -(torch.arange(dim // 2) / (dim // 2))).repeat(1, 2)
+    gains = [noise(dim, dtype=dtype) for _ in range(2)] if normed else [None, None]
+    args = [noise(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), angles.cos().to(dtype).to(DEVICE),
+            angles.sin().to(dtype).to(DEVICE), *gains, 1e-6, *(cache[:, :, :span] for cache in whole),
+            torch.arange(tokens, device=DEVICE), dim**-0.5, window, False,
+            torch.zeros(heads, 0, dim + 2, device=DEVICE), torch.zeros(kv_heads, dtype=torch.int32, device=DEVICE), noise(tokens, heads * dim, dtype=dtype)]
+    exact = wide(args)
+    attend_next.attend_next(*args)
+    fusedops.attend_next(*exact)
+    require_close(args[-1], exact[-1], dtype)
+    for cache, wanted in zip(whole, exact[6:8], strict=True):
+        assert torch.allclose(cache[:, :, :tokens].double(), wanted[:, :, :tokens], atol=EPS[dtype] * 4)
+        assert cache[:, :, tokens:].isnan().all()
 
 
 CASES = [  # heads, kv_heads, dim, capacity, position, window, splits, normed
