@@ -16,7 +16,7 @@ AHEAD = range(1, 51)      # exact lengths that the paper captures before it serv
 
 
 def ladder(buckets: Sequence[int] | Literal["exact"] | None, max_len: int,
-           ridge: float | None = None) -> tuple[int, ...]:
+           ridge: float | None = None, few: int | None = None) -> tuple[int, ...]:
     """The buckets of a runtime in rows, ascending, none above `max_len`.
 
     Given lengths are taken as they are, and "exact" asks for every length by itself. None asks for a ladder from the
@@ -27,14 +27,16 @@ def ladder(buckets: Sequence[int] | Literal["exact"] | None, max_len: int,
     A measured ridge is noisy and a ladder should be the same each time, so it is rounded down to a power of two,
     within 16 to 64. A GPU's ridge lies above, in half precision between 150 and 250 rows, but kernels do not read and
     compute at full rate at once: on an H200 a replay of Llama-2-7B takes 7.5 ms at 16 and at 64 rows, 8.3 at 128 and
-    10.6 at 256 (run h200/20261123-235410-4e2d, part "cost"). None stands for a ridge of 64.
+    10.6 at 256 (run h200/20261123-235410-4e2d, part "cost"). None stands for a ridge of 64. `few` rows, if given, are
+    a bucket of their own below: what multiplies so few is faster than what multiplies more.
 
     Raises `ConfigError` for lengths that are not ascending, or above `max_len`.
     """
     if buckets == "exact":
         return tuple(range(1, max_len + 1))
     if buckets is None:
-        return (*_rungs(_rounded(RIDGE if ridge is None else ridge), max_len), max_len)
+        rungs = (*_rungs(_rounded(RIDGE if ridge is None else ridge), max_len), max_len)
+        return (few, *rungs) if few and few < rungs[0] else rungs
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] > max_len:
         raise ConfigError(f"buckets are {list(buckets)}", f"max_len is {max_len}",
                           "give ascending prompt lengths without repeats, none above max_len")

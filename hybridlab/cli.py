@@ -1,4 +1,4 @@
-"""The command line: `hybridlab env | partition | generate | run | cache | tune | reproduce | check`."""
+"""The command line: `hybridlab env | partition | generate | run | cache | tune | bench | reproduce | check`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlab import terminal
+from hybridlab import kernelbench, terminal
 from hybridlab.config import ARMS, POLICIES, CacheConfig, RuntimeConfig, Sampling, build
 from hybridlab.errors import ConfigError, choose
 from hybridlab.plan import KINDS
@@ -235,6 +235,9 @@ def tune(
         terminal.results([table], words)
     if missing:
         raise typer.Exit(terminal.FAILED)
+
+
+app.command("bench", epilog=kernelbench.EXAMPLES)(kernelbench.command)
 
 
 @app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",

@@ -77,7 +77,7 @@ def redraw(root: Path) -> list[Path]:
         if records.kind(path) == Result.kind:
             result = Result.open(path)
             ablations[path.parent.name, "fused_" if isinstance(result.config.kernels, tuple) else ""] = result
-        else:
+        elif records.kind(path) == CacheResult.kind:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
     for (machine, prefix), result in ablations.items():
         written += report.draw(result, root / "figures" / machine, STILL, prefix)

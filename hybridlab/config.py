@@ -93,8 +93,8 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: str | Policy = "whole"
     device: str = "auto"                               # "auto": where the model is, or the GPU if there is one
     dtype: str | None = None                           # None: as the model is
-    kernels: Kernels = "auto"                          # of decode's static part: the stock modules ("torch", auto),
-                                                       # or, in arms that compile, fused with the dynamic one
+    kernels: Kernels = "auto"                          # of arms that compile: those of the stock modules around JIT
+                                                       # attention, or all fused; auto: fused on a GPU where possible
     pdl: bool = True                                   # fused kernels start before the last one ends, where they can
     # Prompt lengths to capture; None: a ladder from the machine's roofline; "exact": every length by itself.
     buckets: Literal["exact"] | tuple[Positive, ...] | None = None
@@ -119,7 +119,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: str = "tiny"
     arms: Annotated[tuple[Arm, ...], Meta(min_length=1)] = ARMS                        # interleaved in one process
     policy: str | Policy | Annotated[tuple[str | Policy, ...], Meta(min_length=1)] = "whole"  # several are compared
-    kernels: Kernels | Annotated[tuple[Literal["torch", "fused"], ...], Meta(min_length=1)] = "auto"  # of arms that
+    kernels: Kernels | Annotated[tuple[Literal["torch", "fused"], ...], Meta(min_length=1)] = "torch"  # of arms that
                                                         # compile; several are compared
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0    # steps launched before the token of an earlier one is read
     device: str = "auto"
@@ -159,6 +159,24 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     disturb_captures: Positive = 20                    # captures made behind decoding, for each way and round
     budget_s: Annotated[float, Meta(gt=0)] = 600.0     # no pass or round starts later than this; finished ones are kept
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    threads: Positive = 1
+
+
+Variant = Literal["torch", "kernel", "kernel, pdl"]  # stock PyTorch, our kernels, these begun early
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+class BenchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One timing of every operation of a model's decode step, and of the whole step, beside the read rate."""
+
+    model: str = "tiny"
+    # Of the context, the token itself with it; None: 1, 100, 500 and the model's own, 4096 at most.
+    lengths: Annotated[tuple[Positive, ...], Meta(min_length=1)] | None = None
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1)] | None = None  # None: all that the device can run
+    device: str = "auto"
+    dtype: str | None = None
+    repeats: Positive = 20                             # timed replays of each operation, context and variant
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # of the order
     threads: Positive = 1
 
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hybridlab.kernels.attend import splits as splits_of
 from hybridlab.lowering import Inputs, Program, StaticKV
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
-MOST_SPLITS = 16
-WAVES = 2        # programs of attention for each multiprocessor
 PDL_SINCE = (9, 0)  # compute capability
 
 
@@ -86,7 +84,7 @@ class FusedStep(Program):
         with torch.no_grad():
             every = torch.arange(span, device=device)[None]
             self.cos, self.sin = (t[0].contiguous() for t in body.rotary_emb(self.table[:1, None], every))
-        splits = _splits(device, kv_heads) if self.rows == 1 else 0
+        splits = splits_of(device, kv_heads) if self.rows == 1 else 0
         self.partial = torch.zeros(self.heads, splits, self.dim + 2, device=device)
         self.arrived = torch.zeros(kv_heads, device=device, dtype=torch.int32)
         self.work = self._work() if self.rows == 1 else None  # a prompt's would be held by every bucket
@@ -126,11 +124,3 @@ class FusedStep(Program):
     @property
     def buffers(self) -> list[Tensor]:
         return [*super().buffers, *(self.work or ()), self.partial, self.arrived]
-
-
-def _splits(device: torch.device, kv_heads: int) -> int:
-    """Parts of the context, so that all multiprocessors have one: a power of two."""
-    programs = PROGRAMS
-    if device.type == "cuda":
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 << min(MOST_SPLITS, max(1, WAVES * programs // kv_heads)).bit_length() - 1

@@ -34,12 +34,11 @@ class LoweredExecutor:
     captured, with the cut that the plan makes inside it; `prepare` and `sample` with it where the plan says so.
     """
 
-    def __init__(self, model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig,
+    def __init__(self, model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig, fused: bool,
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
+        self.fused = fused
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
         decode = plan_of("decode")  # first: it says why a model cannot be lowered
-        if config.kernels == "fused":
-            _require_fusable(model, decode, config)
         self.namespace = JIT if config.arm in COMPILING else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
@@ -59,7 +58,7 @@ class LoweredExecutor:
         self.cutting = self.lookup is not None and cut(model, decode) is not None
         assert decode.policy is not None
         between = [name for name in decode.policy.outside if name not in ("prepare", "sample")]
-        self.around = f", in pieces around {', '.join(between)}" if between else ""
+        self.around = f", in pieces around {', '.join(between)}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
         self.asked_at: float | None = None  # when the request was, until its first token is read
@@ -79,7 +78,7 @@ class LoweredExecutor:
             inputs = self.inputs.setdefault((phase, rows), Inputs.of(rows, self.model.device))
             span = rows if phase == "prefill" else self.kv.capacity
             module = self.modules[namespace]
-            if namespace == JIT and self.config.kernels == "fused":
+            if namespace == JIT and self.fused:
                 self.programs[key] = FusedStep(module, namespace, self.kv, self.logits, inputs, span, self.config.pdl)
             else:
                 self.programs[key] = Program(module, self.kv, self.logits, inputs, span)
@@ -250,12 +249,19 @@ class LoweredExecutor:
         self.modules.clear()
 
 
-def _require_fusable(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> None:
+def fuses(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> bool:
+    """Whether steps of `model`, planned like `decode`, run through fused kernels.
+
+    Raises `ConfigError` if they are asked for and cannot be.
+    """
+    if config.kernels == "torch" or config.arm not in COMPILING:
+        return False
     problem = refusal(model)
     if problem is None and config.arm in REPLAYING and decode.policy and cut(model, decode) is not None:
         problem = f"policy {policy_name(decode.policy)} keeps operations out of graphs that would be fused with others"
-    if problem is not None:
+    if problem is not None and config.kernels == "fused":
         raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
+    return problem is None and (config.kernels == "fused" or model.device.type == "cuda")
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -20,9 +20,9 @@ SCHEMAS = {
     "float scale, int span, int window, float softcap, Tensor(c!) out) -> ()",
     "pad": "(Tensor prompt, Tensor length, Tensor(a!) ids, Tensor(b!) last) -> ()",
     "advance": "(Tensor token, Tensor(a!) ids, Tensor(b!) positions) -> ()",
-    "greedy": "(Tensor logits, Tensor(a!) token) -> ()",
+    "greedy": "(Tensor logits, Tensor(a!) work, Tensor(b!) token) -> ()",
     "sample": "(Tensor logits, Tensor seed, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
-    "bool filtered, Tensor(a!) token) -> ()",
+    "bool filtered, Tensor(a!) work, Tensor(b!) token) -> ()",
     **fusedops.SCHEMAS,
 }
 
@@ -92,14 +92,19 @@ def advance(token: Tensor, ids: Tensor, positions: Tensor) -> None:
     positions.add_(1)
 
 
-def greedy(logits: Tensor, token: Tensor) -> None:
-    """token [1] <- index of the largest of logits [vocabulary]; -1 when they hold NaN or +infinity."""
+def greedy(logits: Tensor, work: Tensor, token: Tensor) -> None:
+    """token [1] <- index of the largest of logits [vocabulary], the lowest of equals; -1 if any is NaN or +infinity.
+
+    work: int64 [3 + 16 * parts], zeros at first, is work space of the kernel, which spreads the vocabulary over at most
+    `parts` programs: how many of them have arrived, which is zero again afterwards, the thresholds of top-k and top-p
+    as far as they are known, and what each program has found.
+    """
     top, index = torch.max(logits, dim=0)
     token.copy_(torch.where(torch.isfinite(top), index, -1)[None])
 
 
 def sample(logits: Tensor, seed: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
-           filtered: bool, token: Tensor) -> None:
+           filtered: bool, work: Tensor, token: Tensor) -> None:
     """token [1] <- a draw from softmax(logits / temperature), keyed by (seed, position); -1 as in `greedy`.
 
     Gumbel-max: the largest of logits / temperature + noise, with one Philox number for each (seed, position, entry).
@@ -107,7 +112,7 @@ def sample(logits: Tensor, seed: Tensor, positions: Tensor, temperature: Tensor,
     cumulative sum over the vocabulary does not give. With `filtered`, top-k then top-p, as in transformers: entries
     below the k-th largest are dropped, then all outside the smallest set with probability `top_p`; ties stay.
 
-    logits: [vocabulary]; seed, positions, top_k: int64 [1]; temperature > 0, top_p: float32 [1].
+    logits: [vocabulary]; seed, positions, top_k: int64 [1]; temperature > 0, top_p: float32 [1]; work as in `greedy`.
     """
     scores = logits.float() / temperature
     if filtered:

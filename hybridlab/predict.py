@@ -170,6 +170,6 @@ def plain_launches(role: str, phase: str) -> int:
     """Kernels of preparing a step's inputs ("prepare") or of drawing greedily ("sample") in plain PyTorch."""
     one, row = torch.zeros(1, dtype=torch.int64), torch.zeros((1, 1), dtype=torch.int64)
     if role == "sample":
-        return costs.plain_launches("greedy", torch.zeros(2), one)
+        return costs.plain_launches("greedy", torch.zeros(2), one, one)
     return costs.plain_launches("advance", one, row, one) if phase == "decode" else \
         costs.plain_launches("pad", one, one, row, one)

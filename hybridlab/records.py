@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridlab import environment, paths, schemas
-from hybridlab.config import CacheConfig, RunConfig, as_dict, build
+from hybridlab.config import BenchConfig, CacheConfig, RunConfig, as_dict, build
 from hybridlab.errors import RunError
 
 Status = Literal["complete", "failed"]
@@ -31,9 +31,10 @@ MANIFEST, ROWS, PARTS, CONFIG, ENVIRONMENT, FAILURE = (
     "manifest.json", "rows.parquet", "parts", "config.json", "environment.json", "failure.json")
 TEMPORARY = ".writing-"
 
-Config = RunConfig | CacheConfig
+Config = RunConfig | CacheConfig | BenchConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
-    "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE)}
+    "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE),
+    "kernels": (BenchConfig, schemas.KERNELS)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from hybridlab.config import Policy, RuntimeConfig, Sampling, build, require_pos
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
-from hybridlab.lowered import LoweredExecutor
+from hybridlab.kernels.gemm import FEWEST
+from hybridlab.lowered import LoweredExecutor, fuses
 from hybridlab.lowering import twin
 from hybridlab.machine import ridge
 from hybridlab.partitioning import partition
@@ -91,7 +92,9 @@ class Runtime:
         self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
         if self.max_len > context:
             raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
-        self.buckets = ladder(self.config.buckets, self.max_len, self._ridge())
+        self.fused = arm != "eager" and fuses(self.model, self.plan, self.config)
+        few = FEWEST if self.fused and self.device.type == "cuda" else None
+        self.buckets = ladder(self.config.buckets, self.max_len, self._ridge(), few)
         self.counters = Counters()
         self._executor = self._make_executor()
         self._busy = threading.Lock()
@@ -119,7 +122,8 @@ class Runtime:
         """Refuses a model that does not decode as it should, or that cannot be lowered."""
         if self.config.arm == "eager":
             return StockExecutor(self.model, self.config.run_ahead + 1)
-        return LoweredExecutor(self.model, self._plan, self.config, self.buckets, self.max_len, self.counters)
+        return LoweredExecutor(self.model, self._plan, self.config, self.fused, self.buckets, self.max_len,
+                               self.counters)
 
     @cached_property
     def plan(self) -> Plan:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hybridlab.config import Sampling
 
+PARTS = 256  # programs of a kernel at most, each with 4096 entries or more
+
 
 class Controls:
     """Fixed buffers of one runtime; `namespace` says whose sampling ops run, plain or JIT."""
@@ -17,6 +19,7 @@ class Controls:
         self.ops = getattr(torch.ops, namespace)
         self.seed, self.top_k, self.token = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
         self.temperature, self.top_p = (torch.ones(1, device=device) for _ in range(2))
+        self.work = torch.zeros(3 + 16 * PARTS, dtype=torch.int64, device=device)
         self.random = self.filtered = False
 
     def set(self, sampling: Sampling, vocabulary: int) -> None:
@@ -39,12 +42,12 @@ class Controls:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What a draw reads beside the logits, and the token it writes."""
-        return [self.seed, self.temperature, self.top_k, self.top_p, self.token]
+        """What a draw reads beside the logits, what it works in, and the token it writes."""
+        return [self.seed, self.temperature, self.top_k, self.top_p, self.work, self.token]
 
     def draw(self, logits: Tensor, positions: Tensor) -> None:
         if self.random:
             self.ops.sample.default(logits, self.seed, positions, self.temperature, self.top_k, self.top_p,
-                                    self.filtered, self.token)
+                                    self.filtered, self.work, self.token)
         else:
-            self.ops.greedy.default(logits, self.token)
+            self.ops.greedy.default(logits, self.work, self.token)

@@ -1,4 +1,4 @@
-"""The columns of each kind of recorded rows: of an ablation, and of an experiment about the graph cache."""
+"""The columns of each kind of recorded rows: of an ablation, of the graph cache, of the kernels of a decode step."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ CACHE = _schema(
     "run_id:str part:str round:int setting:str request:int prompt_tokens:int bucket:int index:int metric:str ms:float "
     "path:str reason:str hits:int misses:int captures:int evictions:int failures:int capture_ms:float graphs:int "
     "graph_bytes:int capturing:bool", optional=("request", "bucket"))
+
+# One row a timed replay of a graph of `calls` calls, `ms` in all and `us` each; order counts replays as they were made.
+#   op    variant of one operation; rows: of its result, depth: of its input, context: 0 where it sees none.
+#   read  a reduction over `depth` numbers that no cache holds, timed beside the op that `variant` names.
+#   step  a whole decode step; kernels: what it launches on the device, rows and depth as of its head.
+# bytes, flops: of one call, the least that it must read and write, and those of its products.
+KERNELS = _schema(
+    "run_id:str metric:str op:str variant:str rows:int depth:int context:int calls:int kernels:int ms:float us:float "
+    "bytes:int flops:int order:int", optional=("kernels",))

@@ -78,20 +78,22 @@ class Weights:
         self.copies = [[noise(rows, depth, std=depth**-0.5) for rows in product.parts] for _ in range(copies)]
         self.x, self.gain = noise(depth), noise(depth)
         self.out = torch.zeros(product.rows, dtype=dtype, device=device)
-        fusedops.REFERENCE[product.op](*self._arguments(self.copies[0]))
+        fusedops.REFERENCE[product.op](*self.arguments(self.copies[0]))
         self.exact = self.out.double()
 
-    def _arguments(self, matrices: list[Tensor]) -> tuple[Any, ...]:
+    def arguments(self, matrices: list[Tensor], pdl: bool | None = None) -> tuple[Any, ...]:
+        """Of the operation over one copy; `pdl` None: as these weights were made for."""
+        pdl = self.pdl if pdl is None else pdl
         if self.product.op == "residual":
-            return self.x, matrices[0], None, self.pdl, self.out
+            return self.x, matrices[0], None, pdl, self.out
         every = [*matrices, None, None][:3] + [None] * 3 if self.product.op == "project" else matrices
-        return self.x, self.gain, EPS, *every, self.pdl, self.out
+        return self.x, self.gain, EPS, *every, pdl, self.out
 
     def launches(self, tile: Tile) -> list[partial[None]]:
         """Of every copy equally often."""
         rounds = math.ceil(LAUNCHES / len(self.copies))
         kernel = KERNELS[self.product.op]
-        return [partial(kernel, *self._arguments(matrices), tile=tile) for matrices in self.copies] * rounds
+        return [partial(kernel, *self.arguments(matrices), tile=tile) for matrices in self.copies] * rounds
 
     def problem(self, tile: Tile) -> str:
         """Why `tile` must not be used here, after compiling and running it once; "" if it may."""

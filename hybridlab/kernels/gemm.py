@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridlab.kernels.gemv import _start
 
+FEWEST = 16         # tokens of the smallest tile
 FEW = 64            # rows up to which these kernels were no slower than cuBLAS on an H200
 FEW_OF_THREE = 128  # the same where cuBLAS would multiply by three matrices one after the other
 BLOCK = 1024
@@ -155,7 +156,7 @@ def _tile(x: Tensor, rows: int) -> tuple[int, int, int, int]:
 
     In float32 chunks are half as wide, as shared memory holds no more.
     """
-    tokens = max(16, triton.next_power_of_2(len(x)))
+    tokens = max(FEWEST, triton.next_power_of_2(len(x)))
     if tokens > 64:
         return tokens, 128, 128 // x.element_size(), 6
     return tokens, 64, 256 // x.element_size(), 6 if rows <= 4096 or tokens > 16 else 4

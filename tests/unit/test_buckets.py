@@ -20,6 +20,8 @@ def test_the_ladder_is_flat_below_the_ridge_and_fine_above() -> None:
     assert ladder(None, 300, 200) == (64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
     assert ladder(None, 100) == (64, 80, 96, 100)
     assert ladder(None, 7) == (7,)
+    assert ladder(None, 100, 64, few=16) == (16, 64, 80, 96, 100)
+    assert ladder(None, 12, 64, few=16) == (12,)
 
 
 @given(ridge=st.floats(1e-3, 1e6), max_len=st.integers(1, 5000))

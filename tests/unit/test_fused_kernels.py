@@ -151,7 +151,8 @@ def test_attend_next_of_several_tokens(case: tuple, dtype: torch.dtype) -> None:
     args = [noise(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), angles.cos().to(dtype).to(DEVICE),
             angles.sin().to(dtype).to(DEVICE), *gains, 1e-6, *(cache[:, :, :span] for cache in whole),
             torch.arange(tokens, device=DEVICE), dim**-0.5, window, False,
-            torch.zeros(heads, 0, dim + 2, device=DEVICE), torch.zeros(kv_heads, dtype=torch.int32, device=DEVICE), noise(tokens, heads * dim, dtype=dtype)]
+            torch.zeros(heads, 0, dim + 2, device=DEVICE), torch.zeros(kv_heads, dtype=torch.int32, device=DEVICE),
+            noise(tokens, heads * dim, dtype=dtype)]
     exact = wide(args)
     attend_next.attend_next(*args)
     fusedops.attend_next(*exact)

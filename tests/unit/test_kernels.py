@@ -10,7 +10,8 @@ import torch
 
 from hybridlab import kernels, ops
 from hybridlab.errors import JITUnavailable
-from hybridlab.kernels import attend, inductor, sample
+from hybridlab.kernels import attend, inductor
+from hybridlab.sampling import Controls
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
 
@@ -71,32 +72,174 @@ def test_triton_attend_stops_at_span() -> None:
     torch.testing.assert_close(short, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("entries", [7, 512, 2000])
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (1, None), (5, None), (None, 0.8), (50, 0.7)])
+ONE_ROW = [  # heads, kv_heads, dim, capacity, position, window, softcap, splits
+    (6, 2, 32, 128, 0, 0, 0.0, 4),       # the first token: three parts are empty
+    (6, 2, 32, 300, 299, 0, 0.0, 4),     # the last row of the cache
+    (4, 4, 80, 300, 127, 0, 0.0, 2),     # parts of exactly one block; a head size that is no power of two
+    (4, 4, 96, 300, 128, 0, 0.0, 2),     # the own row begins a block
+    (8, 1, 128, 300, 200, 0, 0.0, 1),    # one part; one KV head for all
+    (4, 1, 16, 300, 250, 100, 0.0, 4),   # a window that starts inside a block
+    (4, 1, 16, 300, 250, 64, 0.0, 2),    # and one smaller than a part
+    (4, 2, 16, 300, 50, 100, 0.0, 2),    # a window longer than the text
+    (4, 2, 16, 300, 200, 1, 0.0, 16),    # itself only
+    (40, 2, 16, 300, 150, 0, 5.0, 2),    # soft-capping; more heads of a group than a matrix unit's 16 rows
+]
+
+
+def one_row(heads: int, kv_heads: int, dim: int, capacity: int, position: int, dtype: torch.dtype) -> tuple[list, list]:
+    """Arguments of one row, cache rows never written NaN, as memory may be; and in float64, those rows zero."""
+    args = inputs(heads, kv_heads, 1, dim, capacity, position, dtype)
+    exact = [a.double() if a.is_floating_point() else a.clone() for a in args]
+    for cache, wide in zip(args[3:5], exact[3:5], strict=True):
+        cache[:, :, position:], wide[:, :, position:] = float("nan"), 0.0
+    return args, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", ONE_ROW)
+def test_triton_attend_splits_the_context(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part forgotten or counted twice, an empty part that gives NaN, a row read that was never written."""
+    *shape, window, softcap, splits = case
+    monkeypatch.setattr(attend, "splits", lambda *_: splits)
+    args, wide = one_row(*shape, dtype)
+    exact = attended(ops.attend, *wide, 0.2, shape[3], window, softcap)
+    got = attended(attend.attend, *args, 0.2, shape[3], window, softcap)
+    assert (got.double() - exact).abs().max() <= 2 * EPS[dtype] * exact.abs().max()
+    for cache, new in zip(args[3:5], args[1:3], strict=True):
+        assert torch.equal(cache[:, :, shape[4]:shape[4] + 1], new)
+        assert cache[:, :, shape[4] + 1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_triton_attend_with_extreme_scores(sign: int, dtype: torch.dtype) -> None:
+    """exp() of a score of 10,000: infinity over infinity; or of -10,000 in every part: zero over zero.
+
+    In float32 a whole part has scores of -infinity.
+    """
+    args, _ = one_row(4, 2, 16, 300, 200, dtype)
+    args[0][:] = 50.0
+    args[1][:] = args[3][:, :, :200] = sign * 12.5
+    args[3][:, :, 100] += 1.0
+    args[3][:, :, :64] = torch.finfo(dtype).min
+    wide = [a.double().nan_to_num() if a.is_floating_point() else a.clone() for a in args]
+    exact = attended(ops.attend, *wide, 1.0, 300, 0, 0.0)
+    got = attended(attend.attend, *args, 1.0, 300, 0, 0.0)
+    assert (got.double() - exact).abs().max() <= 2 * EPS[dtype] * exact.abs().max()
+
+
+def test_triton_attend_of_one_row_stays_in_bounds() -> None:
+    """A step launched ahead past the end of the cache that writes behind it, or rows from `span` on that are seen."""
+    args = inputs(4, 2, 1, 16, 65, 64, torch.float32)
+    whole = [cache.clone() for cache in args[3:5]]
+    beyond = [*args[:3], *(cache[:, :, :64] for cache in whole), args[5]]
+    inside = [*args[:3], *(cache[:, :, :64].clone() for cache in args[3:5]), args[5] - 1]
+    assert torch.equal(attended(attend.attend, *beyond, 0.25, 64, 0, 0.0),
+                       attended(attend.attend, *inside, 0.25, 64, 0, 0.0))
+    assert all(torch.equal(a[:, :, 64], b[:, :, 64]) for a, b in zip(whole, args[3:5], strict=True))
+    short = attended(attend.attend, *(a.clone() for a in args), 0.25, 4, 0, 0.0)
+    torch.testing.assert_close(short, attended(ops.attend, *args, 0.25, 4, 0, 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_splits_fill_the_machine() -> None:
+    """Parts that are no power of two, which no kernel takes, or none for a model of many heads."""
+    assert [attend.splits(torch.device("cpu"), heads) for heads in (1, 8, 32, 96, 1000)] == [16, 16, 8, 2, 1]
+
+
+def work(parts: int = 16) -> torch.Tensor:
+    return torch.zeros(3 + 16 * parts, dtype=torch.int64, device=DEVICE)
+
+
+def controls(entries: int, seed: int, position: int, top_k: int | None = None, top_p: float | None = None) -> list:
+    """What `sample` takes between logits and work."""
+    values = ([seed], [position], [0.8], [min(top_k or entries, entries)], [top_p or 1.0])
+    return [*(torch.tensor(value, device=DEVICE) for value in values), top_k is not None or top_p is not None]
+
+
+def require_same(logits: torch.Tensor, space: torch.Tensor, *asked: Any) -> int:
+    """The token that specification and kernel draw from `logits`: greedily, or as `controls` are `asked`."""
+    name, given = ("sample", controls(len(logits), *asked)) if asked else ("greedy", [])
+    tokens = [torch.full((1,), -7, device=DEVICE) for _ in range(2)]
+    for table, token in zip((ops.REFERENCE, kernels.TRITON), tokens, strict=True):
+        table[name](logits, *given, space, token)
+    assert int(tokens[0]) == int(tokens[1])
+    assert int(space[0]) == 0  # the next launch, or replay, counts from there
+    return int(tokens[0])
+
+
+FILTERS = [(1, None), (5, None), (None, 0.8), (50, 0.7)]
+
+
+@pytest.mark.parametrize("entries", [1, 7, 512, 2000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), *FILTERS])
 def test_triton_sampler_draws_the_same_tokens(entries: int, top_k: int | None, top_p: float | None) -> None:
     """A threshold or a random number that differs from the specification by one bit."""
     torch.manual_seed(entries)
-    logits = (torch.randn(entries) * 3).to(DEVICE)
-    plain, jit = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    logits, space = (torch.randn(entries) * 3).to(DEVICE), work()
     for seed in (0, 1, 2**31 + 7, 2**40 + 5, 2**63 - 1):
-        values = ([seed], [seed % 999], [0.8], [min(top_k or entries, entries)], [top_p or 1.0])
-        controls = (torch.tensor(value, device=DEVICE) for value in values)
-        args = (logits, *controls, top_k is not None or top_p is not None)
-        ops.sample(*args, plain)
-        sample.sample(*args, jit)
-        assert int(plain) == int(jit)
-    ops.greedy(logits, plain)
-    sample.greedy(logits, jit)
-    assert int(plain) == int(jit)
+        require_same(logits, space, seed, seed % 999, top_k, top_p)
+    require_same(logits, space)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_triton_gives_no_token_for_broken_logits(bad: float) -> None:
-    """A maximum that skips NaN, as GPUs' do."""
-    logits, token = torch.zeros(100, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    logits[50] = bad
-    sample.greedy(logits, token)
-    assert int(token) == -1
+@pytest.mark.parametrize("entries", [4096, 4097, 40000])
+def test_triton_sampler_over_several_programs(entries: int) -> None:
+    """A program whose entries are numbered from zero or that nobody waits for, work that is not ready for another."""
+    torch.manual_seed(entries)
+    logits, space = (torch.randn(entries) * 3).to(DEVICE), work()
+    for position in range(4):
+        require_same(logits, space)
+        require_same(logits, space, 3, position)
+        require_same(logits, space, 3, position, *FILTERS[position])
+    require_same(logits, work(parts=2), 3, 5)
+
+
+def test_triton_sampler_of_a_large_vocabulary() -> None:
+    """A vocabulary that the programs of the usual size cannot hold."""
+    torch.manual_seed(3)
+    logits = torch.randn(152064).to(DEVICE)
+    controls = Controls(torch.device(DEVICE), "hybridlab_jit")
+    require_same(logits, controls.work)
+    require_same(logits, controls.work, 7, 7, 1000, 0.9)
+
+
+@pytest.mark.parametrize("step", [1, 4095, 4096])
+def test_triton_gives_ties_to_the_lowest_index(step: int) -> None:
+    """The program that happens to be last winning a tie; -0 taken to be below 0."""
+    logits, space = torch.full((12289,), -1.0, device=DEVICE), work()
+    logits[100 + step::step] = 0.0
+    logits[100] = -0.0
+    assert require_same(logits, space) == 100
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, None), (None, 0.5), (3, 0.3)])
+def test_triton_thresholds_keep_ties(top_k: int | None, top_p: float | None) -> None:
+    """Of equal entries at a threshold, some in another program, as many kept as top-k says, or a -0 dropped."""
+    logits, space = torch.full((9000,), -50.0, device=DEVICE), work()
+    logits[:9000:900], logits[1800] = 0.0, -0.0
+    drawn = {require_same(logits, space, 5, position, top_k, top_p) for position in range(8)}
+    assert len(drawn) > 2
+    assert all(token % 900 == 0 for token in drawn)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 50, 4096, 9999])
+def test_triton_gives_no_token_for_broken_logits(bad: float, at: int) -> None:
+    """A maximum that skips NaN, as GPUs' do, or a program that alone has seen it."""
+    logits, space = torch.zeros(10000, device=DEVICE), work()
+    logits[at] = bad
+    assert require_same(logits, space) == -1
+    assert require_same(logits, space, 1, 2) == -1
+    assert require_same(logits, space, 1, 2, 5, 0.5) == -1
+
+
+def test_triton_takes_minus_infinity_for_what_it_is() -> None:
+    """A token out of entries that are all impossible, none where one is possible, or an impossible one drawn."""
+    logits, space = torch.full((9000,), -float("inf"), device=DEVICE), work()
+    for asked in ((), (1, 2), (1, 2, 5, 0.5)):
+        assert require_same(logits, space, *asked) == -1
+    logits[8000] = -1e38
+    for asked in ((), (1, 2), (1, 2, 5, 0.5), (1, 3, None, 0.9)):
+        assert require_same(logits, space, *asked) == 8000
 
 
 def test_triton_inputs() -> None:
@@ -130,12 +273,12 @@ def test_inductor_attend_and_its_count() -> None:
 def test_inductor_draws_the_same_tokens_for_every_seed(seed: int) -> None:
     """Integer arithmetic that overflows in compiled C++ and not in PyTorch, for seeds that few tests use."""
     torch.manual_seed(1)
-    logits, plain, jit = torch.randn(1500), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    logits, (work, plain, jit) = torch.randn(1500), (torch.zeros(1, dtype=torch.int64) for _ in range(3))
     for position in (0, 1, 77, 4095):
         controls = [torch.tensor(value) for value in ([seed], [position], [0.9], [40], [0.95])]
         for filtered in (False, True):
-            torch.ops.hybridlab.sample.default(logits, *controls, filtered, plain)
-            torch.ops.hybridlab_jit.sample.default(logits, *controls, filtered, jit)
+            torch.ops.hybridlab.sample.default(logits, *controls, filtered, work, plain)
+            torch.ops.hybridlab_jit.sample.default(logits, *controls, filtered, work, jit)
             assert int(plain) == int(jit)
 
 
@@ -151,8 +294,8 @@ def test_inductor_takes_views_of_a_larger_tensor() -> None:
 def test_compilations_of_other_threads_are_not_ours() -> None:
     """A capture that fails for ever because another runtime happened to compile meanwhile."""
     before = kernels.compiles()
-    logits, token = torch.zeros(33), torch.zeros(1, dtype=torch.int64)
-    worker = threading.Thread(target=torch.ops.hybridlab_jit.greedy.default, args=(logits, token))
+    token = torch.zeros(1, dtype=torch.int64)
+    worker = threading.Thread(target=torch.ops.hybridlab_jit.greedy.default, args=(torch.zeros(33), token, token))
     worker.start()
     worker.join()
     assert kernels.compiles() == before
@@ -172,4 +315,4 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
     """A page of Inductor's traceback in place of the one fact that helps."""
     monkeypatch.setattr(inductor.shutil, "which", lambda _: None)
     with pytest.raises(JITUnavailable, match=r"no C\+\+ compiler"):
-        inductor.bind("greedy", (torch.zeros(31), torch.zeros(1, dtype=torch.int64)))
+        inductor.bind("greedy", (torch.zeros(31), *torch.zeros(2, 1, dtype=torch.int64)))

@@ -29,7 +29,7 @@ def draw(logits: torch.Tensor, seed: int, position: int, temperature: float = 1.
          top_p: float | None = None) -> int:
     token = one(0)
     ops.sample(logits, one(seed), one(position), one(temperature, torch.float32), one(top_k or len(logits)),
-               one(top_p or 1.0, torch.float32), top_k is not None or top_p is not None, token)
+               one(top_p or 1.0, torch.float32), top_k is not None or top_p is not None, one(0), token)
     return int(token)
 
 
@@ -142,7 +142,7 @@ def test_broken_logits_give_no_token(bad: float) -> None:
     logits = torch.zeros(10)
     logits[4] = bad
     token = one(3)
-    ops.greedy(logits, token)
+    ops.greedy(logits, one(0), token)
     assert int(token) == -1
     assert draw(logits, 0, 0) == -1
     assert draw(logits, 0, 0, top_k=3) == -1

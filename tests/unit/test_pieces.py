@@ -77,10 +77,10 @@ def test_equal_operations_of_a_module_are_told_apart() -> None:
 @pytest.mark.parametrize("outside", [True, False])
 def test_what_is_outside_is_launched_from_python(outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation said to be outside and recorded like the rest, or one inside a graph that Python still launches."""
-    logits, token = torch.randn(33), torch.zeros(1, dtype=torch.int64)
+    logits, work, token = torch.randn(33), *(torch.zeros(size, dtype=torch.int64) for size in (19, 1))
     place = Place("", "hybridlab.greedy.default", 0)
     cache = GraphCache(torch.device("cpu"), Counters())
-    cache.capture(Job("key", lambda: torch.ops.hybridlab_jit.greedy.default(logits, token), [logits, token],
+    cache.capture(Job("key", lambda: torch.ops.hybridlab_jit.greedy.default(logits, work, token), [logits, token],
                   cut=Cut(nn.Module(), frozenset({place} if outside else ()))))
     launched: list[str] = []
     bind = kernels.bind

@@ -226,7 +226,7 @@ def test_plain_launches_are_those_of_the_reference() -> None:
     """The kernels around a step are counted in the operations themselves: as many as their tapes replay."""
     one = torch.ones(1, dtype=torch.int64)
     advance = Tape(lambda: ops.advance(one, one[None], one))
-    greedy = Tape(lambda: ops.greedy(torch.ones(9), one))
+    greedy = Tape(lambda: ops.greedy(torch.ones(9), one, one))
     assert predict.plain_launches("prepare", "decode") == len(advance) == 3
     constants = 1  # the -1 of a broken draw, which a tape keeps
     assert predict.plain_launches("sample", "decode") == len(greedy) + constants
