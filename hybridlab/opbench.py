@@ -170,7 +170,6 @@ class _Attention(Work):
 
         def noise(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-
         whole = [noise(1, sizes.kv_heads, capacity + step * (self.copies - 1), sizes.dim) for _ in range(2)]
         self.caches = [[one[:, :, step * i:step * i + capacity] for one in whole] for i in range(self.copies)]
         self.qkv = noise((sizes.heads + 2 * sizes.kv_heads) * sizes.dim)
