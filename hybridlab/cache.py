@@ -34,6 +34,7 @@ class Job(NamedTuple):
     state: Sequence[Tensor] = ()
     cut: CutOpen | None = None
     pin: bool = False
+    repeat: Tensor | None = None  # the state that says whether to run once more, if one replay is to loop
 
 
 class _Held(NamedTuple):
@@ -167,7 +168,7 @@ class GraphCache:
         compiled = len(kernels.compiled())
         with _restored(job.state if job.cut else ()):  # pieces are launched while they are captured
             graph = graphs.record(job.function, self.device, pool=self._pool, cut=job.cut, mode=mode,
-                                  private=job.buffers)
+                                  private=job.buffers, state=job.repeat)
         if names := kernels.compiled()[compiled:]:
             graph.reset()
             raise RuntimeError(f"kernel {', '.join(names)} was compiled during capture: "

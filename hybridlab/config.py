@@ -19,6 +19,7 @@ Behind = Literal["auto", "request", "thread", "cooperative"]
 Admission = Literal["every", "pays"]
 Pool = Literal["shared", "private"]
 Eviction = Literal["auto", "one", "all"]
+Repeat = Literal["auto", "unrolled", "while"]
 Fallback = Literal["jit", "eager", "raise"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -28,6 +29,7 @@ BEHINDS: tuple[str, ...] = get_args(Behind)
 ADMISSIONS: tuple[str, ...] = get_args(Admission)
 POOLS: tuple[str, ...] = get_args(Pool)
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
+REPEATS: tuple[str, ...] = get_args(Repeat)
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -111,6 +113,8 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     process: Literal["here"] = "here"
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
     steps: Annotated[int, Meta(ge=1, le=64)] = 1       # decode steps of one graph launch, under policy "full"
+    repeat: Repeat = "auto"                            # how one graph holds them: side by side, or one that the device
+                                                       # runs again until a stop token (auto where it can)
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -227,7 +231,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
             policy(one)
     for name, known in (("arm", ARMS), ("capture", CAPTURES), ("behind", BEHINDS), ("fallback", FALLBACKS),
                         ("kernels", KERNELS), ("dtype", DTYPES), ("admission", ADMISSIONS), ("pool", POOLS),
-                        ("eviction", EVICTIONS)):
+                        ("eviction", EVICTIONS), ("repeat", REPEATS)):
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
             several = kind is RunConfig and isinstance(values[name], list | tuple)
             for one in values[name] if several else [values[name]]:
@@ -258,6 +262,8 @@ def require_possible(config: RuntimeConfig) -> None:
     if config.steps > 1 and (config.arm not in REPLAYING or policy(config.policy) != POLICIES["full"]):
         raise ConfigError(f"steps is {config.steps}", "only a graph that also prepares and draws can hold several",
                           f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
+    if config.steps == 1 and config.repeat != "auto":
+        raise ConfigError(f"repeat is {config.repeat!r}", "there is nothing to repeat", "give steps as well")
 
 
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:

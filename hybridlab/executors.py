@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,11 +17,15 @@ from hybridlab.verify import verify_cached
 
 
 class Launched(NamedTuple):
-    """A step that was launched: where its token will be read, the path that its forward took, and why."""
+    """A step that was launched: where its token will be read, the path that its forward took, and why.
+
+    emitted: its token comes in the middle of a launch; ends: it does not run once a token has ended the request."""
 
     place: int
     path: str
     reason: str
+    emitted: bool = False
+    ends: bool = False
 
 
 class Executor(Protocol):
@@ -32,7 +37,7 @@ class Executor(Protocol):
 
     def check(self) -> None: ...
 
-    def start(self, sampling: Sampling) -> None: ...
+    def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None: ...
 
     def prefill(self, ids: list[int]) -> Launched: ...
 
@@ -68,7 +73,7 @@ class StockExecutor:
     def check(self) -> None:
         """Nothing to check: the stock modules read whatever weights the model has."""
 
-    def start(self, sampling: Sampling) -> None:
+    def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
         self.cache = DynamicCache(config=self.model.config)
         self.controls.set(sampling, self.model.config.vocab_size)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlab import tape
+from hybridlab import loop, tape
 from hybridlab.tape import Tape
 
 CAPTURE_MODES = ("thread_local", "relaxed", "global")  # of CUDA: whose forbidden calls end a capture
@@ -59,18 +59,20 @@ class _Pool:
 
 
 def record(function: Callable[[], None], device: torch.device, *, pool: Any = None, cut: CutOpen | None = None,
-           mode: str = "thread_local", private: Sequence[Tensor] = ()) -> Graph:
+           mode: str = "thread_local", private: Sequence[Tensor] = (), state: Tensor | None = None) -> Graph:
     """`function` as a graph, its intermediates in `pool`, or in a new one. It must have run before: nothing may be
     compiled or loaded while it is recorded.
 
     A CUDA capture runs nothing, except in pieces, which run once. A tape runs everything, on copies of the tensors
-    in `private`, so that these keep their values.
+    in `private`, so that these keep their values. With a `state` one replay runs the graph until that says stop: see
+    `hybridlab.loop`.
     """
     if device.type == "cuda":
         with _ONE_AT_A_TIME, torch.cuda.device(device):
-            return CudaGraph(function, pool or new_pool(device), cut, mode)
+            return CudaGraph(function, pool or new_pool(device), cut, mode, state)
     with cut() if cut else nullcontext() as leave_outside:
-        return Tape(function, leave_outside, pool, private)
+        made = Tape(function, leave_outside, pool, private)
+    return made if state is None else loop.OnHost(made, state)
 
 
 _ONE_AT_A_TIME = threading.RLock()  # PyTorch allows one capture a process
@@ -97,8 +99,9 @@ class _Pieces(TorchDispatchMode):
     values; and the call is kept, to be made again between the pieces at every replay.
     """
 
-    def __init__(self, pool: _Pool, leave_outside: Callable[[Any], bool], mode: str) -> None:
+    def __init__(self, pool: _Pool, leave_outside: Callable[[Any], bool], mode: str, keep: bool) -> None:
         super().__init__()
+        self.keep = keep                 # the graph itself, to make others of it
         self.pool, self.leave_outside, self.mode = pool, leave_outside, mode
         self.open: torch.cuda.CUDAGraph | None = None
         self.captured: list[torch.cuda.CUDAGraph] = []
@@ -108,7 +111,7 @@ class _Pieces(TorchDispatchMode):
         self.instantiate_ms = 0.0
 
     def begin(self) -> None:
-        self.open = torch.cuda.CUDAGraph()
+        self.open = torch.cuda.CUDAGraph(keep_graph=self.keep)
         self.open.capture_begin(pool=self.pool.handle, capture_error_mode=self.mode)
 
     def end(self) -> None:
@@ -198,14 +201,16 @@ class CudaGraph:
     `torch.cuda.graph()` is avoided: it synchronises the device and empties the allocator's cache on entry.
     """
 
+    _loop: loop.OnDevice | None = None
+
     def __init__(self, function: Callable[[], None], pool: _Pool, cut: CutOpen | None = None,
-                 mode: str = "thread_local") -> None:
+                 mode: str = "thread_local", state: Tensor | None = None) -> None:
         stream, here = capture_stream(), torch.cuda.current_stream()
         driver, pooled = _driver_bytes(), pool.nbytes()
         start = time.perf_counter()
         stream.wait_stream(here)
         with torch.no_grad(), torch.cuda.stream(stream), cut() if cut else nullcontext() as leave_outside:
-            self._pieces = _Pieces(pool, leave_outside or (lambda _: False), mode)
+            self._pieces = _Pieces(pool, leave_outside or (lambda _: False), mode, state is not None)
             try:
                 if cut:
                     with self._pieces:
@@ -218,12 +223,20 @@ class CudaGraph:
                 self._pieces.abandon()
                 raise
         here.wait_stream(stream)
+        if state is not None:
+            self._repeat(state)
         self.instantiate_ms = self._pieces.instantiate_ms
         self.capture_ms = (time.perf_counter() - start) * 1e3 - self.instantiate_ms
         self.graphs = len(self._pieces.captured)
         self.pool_bytes = pool.nbytes() - pooled
         self.nbytes = max(0, _driver_bytes() - driver)
         self._replayed = torch.cuda.Event()
+
+    def _repeat(self, state: Tensor) -> None:
+        start = time.perf_counter()
+        self._loop = loop.OnDevice(self._pieces.captured[0], state)
+        self._pieces.parts = [self._loop.replay]
+        self._pieces.instantiate_ms += (time.perf_counter() - start) * 1e3
 
     def replay(self) -> None:
         for part in self._pieces.parts:
@@ -233,6 +246,8 @@ class CudaGraph:
     def reset(self) -> None:
         """Give its memory back, once the device has finished the last replay."""
         self._replayed.synchronize()
+        if self._loop is not None:
+            self._loop.reset()
         for graph in self._pieces.captured:
             graph.reset()
         self._pieces.parts, self._pieces.alive = [], []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import kernels, ops
+from hybridlab import kernels, loop, ops
 from hybridlab.buckets import bucket_for
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy_name
@@ -20,7 +20,7 @@ from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
 from hybridlab.plan import Plan
-from hybridlab.readback import Readback
+from hybridlab.readback import Readback, Ring
 from hybridlab.sampling import Controls
 
 assert kernels, ops  # both register the namespaces that programs call
@@ -43,8 +43,9 @@ class LoweredExecutor:
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
         self.controls = Controls(model.device, self.namespace)
-        self.tokens = Readback(self.controls.token, config.run_ahead + config.steps)
-        self.drawn = torch.zeros(config.steps, dtype=torch.int64, device=model.device)  # by the steps of one launch
+        self.tokens = Readback(self.controls.token, config.run_ahead + 1)
+        self.ring = Ring(self.controls.token, config.run_ahead + config.steps)
+        self.looping = loops(config, model.device)
         self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
         self.logits = torch.zeros(model.config.vocab_size, device=model.device)
         self.prompt = torch.zeros(max_len, dtype=torch.int64, device=model.device)
@@ -91,8 +92,10 @@ class LoweredExecutor:
                                "its graphs and lowered modules still read the old one",
                                "make a new Runtime, or change weights in place with copy_()")
 
-    def start(self, sampling: Sampling) -> None:
+    def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
         self.controls.set(sampling, self.model.config.vocab_size)
+        if self.config.steps > 1:
+            self.ring.start(stop)
 
     def prefill(self, ids: list[int]) -> Launched:
         self.asked_at, count = time.perf_counter(), len(ids)
@@ -103,23 +106,23 @@ class LoweredExecutor:
         return self._launch("prefill", self.bucket or count)
 
     def decode(self, wanted: int) -> list[Launched]:
-        """One step; or as many as one graph holds, if that many are wanted and the graph is there."""
-        steps = self.config.steps
-        if steps == 1 or wanted < steps or self.lookup is None:
+        """One step; or as many as one graph holds, if the graph is there. One that loops can do with fewer."""
+        steps = min(self.config.steps, wanted) if self.looping else self.config.steps
+        key = self._key("decode", 1, self.config.steps)
+        if not 1 < steps <= wanted or self.lookup is None or not self.lookup.several(key):
             return [self._launch("decode", 1)]
-        key = self._key("decode", 1, steps)
-        if not self.lookup.several(key):
-            return [self._launch("decode", 1)]
+        places = self.ring.expect(steps)
         with self.lookup.cache.lease(key) as replay:
             replay()
-        reason = f"replayed decode graph of 1 rows, {steps} steps a launch"
-        return [Launched(self.tokens.send(self.drawn[step:step + 1]), "graph", reason) for step in range(steps)]
+        reason = f"replayed decode graph of 1 rows, {steps} steps a launch" + ", in a loop" * self.looping
+        return [Launched(place, "graph", reason, emitted=True, ends=self.looping) for place in places]
 
     def read(self, step: Launched) -> int:
+        tokens = self.ring if step.emitted else self.tokens
         if self.lookup is None:
-            return self.tokens.read(step.place)
-        self.lookup.behind.step(lambda: not self.tokens.arrived(step.place))
-        token = self.tokens.read(step.place)
+            return tokens.read(step.place)
+        self.lookup.behind.step(lambda: not tokens.arrived(step.place))
+        token = tokens.read(step.place)
         if self.asked_at is not None:
             self.lookup.first_token(step.path, (time.perf_counter() - self.asked_at) * 1e3)
             self.asked_at = None
@@ -185,14 +188,15 @@ class LoweredExecutor:
         program, controls = self.program(key.phase, key.rows), self.controls.as_now()
 
         def function() -> None:
-            for step in range(key.steps):
+            for _ in range(1 if self.looping else key.steps):
                 self._inside(key.phase, program, controls)
                 if key.steps > 1:
-                    self.drawn[step:step + 1].copy_(self.controls.token)
+                    self.ring.emit()
 
-        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions, self.drawn]
+        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions,
+                   *self.ring.buffers]
         return Job(key, function, buffers, [*program.inputs, self.controls.token, self.positions], self._cut(key),
-                   pin=key.phase == "decode")
+                   pin=key.phase == "decode", repeat=self.ring.state if self.looping and key.steps > 1 else None)
 
     def _cut(self, key: Key) -> Cut | None:
         """Where the program of `key` is cut: planned at its own rows, as few and many may be computed differently."""
@@ -262,6 +266,19 @@ def fuses(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> bool:
     if problem is not None and config.kernels == "fused":
         raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
     return problem is None and (config.kernels == "fused" or model.device.type == "cuda")
+
+
+def loops(config: RuntimeConfig, device: torch.device) -> bool:
+    """Whether the graph of several steps holds one that it repeats, rather than all side by side.
+
+    Raises `ConfigError` if that is asked for and cannot be.
+    """
+    if config.steps == 1 or config.repeat == "unrolled":
+        return False
+    problem = loop.problem(device)
+    if problem and config.repeat == "while":
+        raise ConfigError("repeat is 'while'", problem, "use repeat='unrolled'")
+    return problem is None
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -23,6 +23,7 @@ SCHEMAS = {
     "greedy": "(Tensor logits, Tensor(a!) work, Tensor(b!) token) -> ()",
     "sample": "(Tensor logits, Tensor seed, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
     "bool filtered, Tensor(a!) work, Tensor(b!) token) -> ()",
+    "emit": "(Tensor token, Tensor stops, Tensor(a!) state, Tensor(b!) ring) -> ()",
     **fusedops.SCHEMAS,
 }
 
@@ -127,6 +128,21 @@ def sample(logits: Tensor, seed: Tensor, positions: Tensor, temperature: Tensor,
     token.copy_(torch.where(torch.isfinite(top), index, -1)[None])
 
 
+def emit(token: Tensor, stops: Tensor, state: Tensor, ring: Tensor) -> None:
+    """Give out `token` [1] in the middle of a launch, if one is still wanted.
+
+    state: int64 [3]: how many tokens were given out, how many more this launch shall give out, and whether the request
+    is over, which it is after a token in `stops` or one of -1. ring: int64 [depth], of which entry number % depth <-
+    (number + 1) * 2**32 + token + 1, on the host or on the device.
+    """
+    count, left, over = state.split(1)
+    wanted = (left > 0) & (over == 0)
+    place = count % ring.shape[0]
+    ring.index_copy_(0, place, torch.where(wanted, ((count + 1) << 32) + token + 1, ring.index_select(0, place)))
+    ends = wanted & ((token < 0) | (stops == token).any())
+    state.copy_(torch.cat([count + wanted, left - wanted.long(), torch.where(ends, 1, over)]))
+
+
 def gumbel(seed: Tensor, positions: Tensor, count: int) -> Tensor:
     """float32 [count] standard Gumbel noise of Philox counters (entry, position), key seed."""
     bits = philox(seed, positions, count)
@@ -157,7 +173,7 @@ def _wide_product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 REFERENCE: dict[str, Callable[..., None]] = {
-    "attend": attend, "pad": pad, "advance": advance, "greedy": greedy, "sample": sample,
+    "attend": attend, "pad": pad, "advance": advance, "greedy": greedy, "sample": sample, "emit": emit,
     **fusedops.REFERENCE,
 }
 

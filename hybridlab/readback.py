@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from hybridlab.errors import HybridlabError
+
+STOPS = 16         # tokens that end a request on the device; further ones are left to the host
+NO_TOKEN = -2      # -1 is what is drawn from logits that are not finite
+NUMBER = 32        # bits below the number of a token
 
 
 class Readback:
@@ -19,10 +28,10 @@ class Readback:
         self._host = torch.zeros(depth, dtype=torch.int64, pin_memory=self._cuda)
         self._arrived = [torch.cuda.Event() for _ in range(depth)] if self._cuda else []
 
-    def send(self, value: Tensor | None = None) -> int:
-        """Send what the launched steps leave in `token`, or in `value`, like it; returns the place to read it from."""
+    def send(self) -> int:
+        """Send what the launched steps leave in `token`; returns the place to read it from."""
         place, self._next = self._next, (self._next + 1) % self.depth
-        self._host[place:place + 1].copy_(self.token if value is None else value, non_blocking=True)
+        self._host[place:place + 1].copy_(self.token, non_blocking=True)
         if self._cuda:
             self._arrived[place].record()
         return place
@@ -36,3 +45,56 @@ class Readback:
         if self._cuda:
             self._arrived[place].synchronize()
         return int(self._host[place])
+
+
+class Ring:
+    """Tokens that a launch of several steps gives out one by one, into memory of the host, which looks for them there.
+
+    At most `depth` are under way. On a GPU the memory is pinned, and no call of the host stands between two tokens.
+    """
+
+    def __init__(self, token: Tensor, depth: int) -> None:
+        cuda = token.device.type == "cuda"
+        self.depth, self._next, self._given = depth, 0, frozenset[int]()
+        self.ring = torch.zeros(depth, dtype=torch.int64, pin_memory=cuda)
+        self.state = torch.zeros(3, dtype=torch.int64, device=token.device)  # see hybridlab.ops.emit
+        self.stops = torch.full((STOPS,), NO_TOKEN, dtype=torch.int64, device=token.device)
+        self._token, self._seen, self._cuda = token, self.ring.numpy(), cuda
+        self._emit = getattr(torch.ops, "hybridlab_jit" if cuda else "hybridlab").emit.default
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [self.state, self.stops, self.ring]
+
+    def start(self, stop: Iterable[int]) -> None:
+        """A request begins, which one of `stop` ends: steps behind it are then not run."""
+        if frozenset(stop) != self._given:
+            self._given = frozenset(stop)
+            known = sorted(self._given)[:STOPS]
+            self.stops.copy_(torch.tensor(known + [NO_TOKEN] * (STOPS - len(known))))
+        self.state[:1].fill_(self._next)
+        self.state[1:].zero_()
+
+    def emit(self) -> None:
+        """Part of a step: gives its token out."""
+        self._emit(self._token, self.stops, self.state, self.ring)
+
+    def expect(self, count: int) -> list[int]:
+        """To be said before a launch: that it shall give out `count` tokens. Returns their numbers."""
+        self.state[1:2].fill_(count)
+        self._next += count
+        return list(range(self._next - count, self._next))
+
+    def arrived(self, number: int) -> bool:
+        """Whether `read` would not wait."""
+        return int(self._seen[number % self.depth]) >> NUMBER == number + 1
+
+    def read(self, number: int) -> int:
+        """The token of this number. Waits for it; raises what went wrong on the device."""
+        while not self.arrived(number):
+            idle = not self._cuda or torch.cuda.current_stream().query()
+            if idle and not self.arrived(number):
+                raise HybridlabError(f"token {number} was not given out", "its launch has ended without it",
+                                     "report this")
+            time.sleep(0)  # captures on another thread go on
+        return (int(self._seen[number % self.depth]) & (1 << NUMBER) - 1) - 1

@@ -240,11 +240,12 @@ class Runtime:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
             flying: deque[Launched] = deque()
+            over = False
             try:
                 self._executor.check()
                 start = time.perf_counter_ns()
                 with torch.no_grad():
-                    self._executor.start(asked.sampling)
+                    self._executor.start(asked.sampling, asked.stop)
                     flying.append(self._executor.prefill(asked.ids))
                 for index in range(asked.max_new_tokens):
                     if index:
@@ -254,15 +255,16 @@ class Runtime:
                     launched = flying.popleft()
                     step = Step(self._executor.read(launched), launched.path, launched.reason)
                     ms = (time.perf_counter_ns() - start) / 1e6
-                    if step.id < 0:
+                    if over := step.id < 0:
                         raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
                                         f"arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
                                         "check the weights, or use a wider dtype")
+                    over = step.id in asked.stop
                     yield step, ms
-                    if step.id in asked.stop:
+                    if over:
                         return
             finally:
-                self.counters.discarded += len(flying)
+                self.counters.discarded += sum(not (over and launched.ends) for launched in flying)
                 if not self._closed:
                     with torch.no_grad():
                         self._executor.finish()

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 
 from hybridlab import ops
-from hybridlab.kernels import attend, attend_next, gemm, gemv, inductor, inputs, sample
+from hybridlab.kernels import attend, attend_next, emit, gemm, gemv, inductor, inputs, sample
 
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
@@ -28,7 +28,7 @@ triton.knobs.runtime.jit_post_compile_hook = _note_compile
 
 TRITON: dict[str, Callable[..., None]] = {
     "attend": attend.attend, "pad": inputs.pad, "advance": inputs.advance,
-    "greedy": sample.greedy, "sample": sample.sample,
+    "greedy": sample.greedy, "sample": sample.sample, "emit": emit.emit,
     "project": gemv.project, "swiglu": gemv.swiglu, "residual": gemv.residual, "attend_next": attend_next.attend_next,
 }
 OF_SEVERAL: dict[str, Callable[..., None]] = {  # tokens: where the first argument has two dimensions

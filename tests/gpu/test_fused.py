@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hybridlab as hl
+from hybridlab import loop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -55,3 +56,26 @@ def test_starting_early_changes_no_bit(dtype: torch.dtype) -> None:
                 ids = runtime.generate(PROMPT, max_new_tokens=240, stop=[]).ids
                 drawn.add((*ids, runtime._executor.logits.double().sum().item()))
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("repeat", ["unrolled", "while"])
+@pytest.mark.parametrize("arm", ["graph", "hybrid"])
+def test_several_steps_a_launch_give_the_tokens_of_one(arm: str, repeat: str) -> None:
+    """A token given out in the wrong order, a loop that runs one round too many, or a stop that it does not see."""
+    if repeat == "while" and (problem := loop.problem(torch.device("cuda"))):
+        pytest.skip(problem)
+    model = build("llama", torch.float32)
+    settings: dict[str, Any] = {"arm": arm, "kernels": "fused" if arm == "hybrid" else "auto"}
+    with fused(model, **settings) as runtime:
+        want = runtime.generate(PROMPT, max_new_tokens=100, stop=[]).ids
+    place = next(n for n in range(50, 100) if want[n] not in want[:n])
+    for run_ahead in (0, 2):
+        with fused(model, **settings, steps=8, repeat=repeat, run_ahead=run_ahead) as runtime:
+            runtime.warm_up([len(PROMPT)])
+            before = runtime.counters.replays
+            for _ in range(3):
+                assert runtime.generate(PROMPT, max_new_tokens=100, stop=[]).ids == want
+                assert runtime.generate(PROMPT, max_new_tokens=100, stop=[want[place]]).ids == want[:place + 1]
+            if repeat == "while":
+                assert runtime._executor.positions.item() == len(PROMPT) + place - 1
+            assert runtime.counters.replays - before < 3 * (100 + place) // 4

@@ -10,7 +10,7 @@ import torch
 
 from hybridlab import kernels, ops
 from hybridlab.errors import JITUnavailable
-from hybridlab.kernels import attend, inductor
+from hybridlab.kernels import attend, emit, inductor
 from hybridlab.sampling import Controls
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
@@ -316,3 +316,26 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(inductor.shutil, "which", lambda _: None)
     with pytest.raises(JITUnavailable, match=r"no C\+\+ compiler"):
         inductor.bind("greedy", (torch.zeros(31), *torch.zeros(2, 1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("how", ["triton", "inductor"])
+def test_tokens_are_given_out_until_one_ends_the_request(how: str) -> None:
+    """A token under the number of another, one too many, or one behind the end."""
+    stops = torch.tensor([9, -2, -2, 300], device=DEVICE)
+    asked = [(count, left, over, token) for count in (0, 6, 7, 2**31 - 2) for left in (0, 1, 5) for over in (0, 1)
+             for token in (0, 8, 9, 300, -1, 151_935)]
+    for count, left, over, token in asked:
+        found = []
+        for function in (ops.emit, None):
+            state, ring = torch.tensor([count, left, over], device=DEVICE), torch.arange(7, device=DEVICE)
+            args = (torch.tensor([token], device=DEVICE), stops, state, ring)
+            if function is None and how == "inductor":
+                kernels.bind("emit", args)()
+            else:
+                (function or emit.emit)(*args)
+            found.append((state.tolist(), ring.tolist()))
+        given = bool(left and not over)
+        place = count % 7
+        assert found[0] == found[1]
+        assert found[0][0] == [count + given, left - given, int(over or (given and token in (9, 300, -1)))]
+        assert found[0][1] == [*range(place), (count + 1 << 32) + token + 1 if given else place, *range(place + 1, 7)]
