@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridlab import plots, records, report, timeline
+from hybridlab import kernelbench, kernelviews, plots, records, report, timeline
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
+from hybridlab.kernellab import KernelResult
 from hybridlab.records import CONFIG, MANIFEST, atomic_write, keep, read
 
 TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
@@ -68,19 +69,24 @@ def publish(path: Path, root: Path) -> Path:
 
 def redraw(root: Path) -> list[Path]:
     """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
-    `fused_<figure>` from the latest that compares kernels, and `cache_<trace>_<figure>` from its latest run of each
-    trace.
+    `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them, and
+    `cache_<trace>_<figure>` from its latest run of each trace.
     """
     written: list[Path] = []
     ablations: dict[tuple[str, str], Result] = {}
+    kernels: dict[str, KernelResult] = {}
     for path in committed_runs(root / "data" / "runs"):
         if records.kind(path) == Result.kind:
             result = Result.open(path)
             ablations[path.parent.name, "fused_" if isinstance(result.config.kernels, tuple) else ""] = result
         elif records.kind(path) == CacheResult.kind:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
+        elif records.kind(path) == KernelResult.kind:
+            kernels[path.parent.name] = KernelResult.open(path)
     for (machine, prefix), result in ablations.items():
         written += report.draw(result, root / "figures" / machine, STILL, prefix)
+    for machine, timed in kernels.items():
+        written += _draw_kernels(timed, root / "figures" / machine)
     return written
 
 
@@ -89,6 +95,12 @@ def _draw_cache(result: CacheResult, folder: Path) -> Iterator[Path]:
     for name, (part, figure) in timeline.FIGURES.items():
         if part in set(result.rows["part"]):
             yield from plots.write(figure(result.rows, result.caption), folder / f"cache_{trace}_{name}", STILL)
+
+
+def _draw_kernels(result: KernelResult, folder: Path) -> Iterator[Path]:
+    for name, (metric, figure) in kernelviews.FIGURES.items():
+        if metric in set(result.rows["metric"]):
+            yield from plots.write(figure(result.rows, result.caption), folder / f"kernels_{name}", STILL)
 
 
 def _check_run(path: Path, name: str, findings: Findings) -> None:
@@ -130,7 +142,7 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
-    tables = (*report.GRIDS, CacheResult.kind)
+    tables = (*report.GRIDS, CacheResult.kind, *kernelbench.TITLES)
     if kind not in tables:
         raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
@@ -138,6 +150,8 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         raise RunError(f"run {run} is not committed under {runs.name}/", "", nearest(run, known) if known else "")
     if kind == CacheResult.kind:
         return CacheResult.open(known[run]).grid().markdown()
+    if kind in kernelbench.TITLES:
+        return kernelbench.grid(KernelResult.open(known[run]), kind).markdown()
     return report.GRIDS[kind](Result.open(known[run])).markdown()
 
 

@@ -36,8 +36,9 @@ class Shown:
         """A run from its directory, checked against its manifest. Raises: RunError, for a run of another kind too."""
         found = records.read(path)
         if found.kind != cls.kind:
-            remedy = "open it with hl.cachelab.CacheResult" if found.kind == "cache" else "open it with hl.Result"
-            raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}", remedy)
+            known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult"}
+            raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}",
+                           f"open it with hl.{known[found.kind]}")
         return cls(found)
 
     @property
@@ -51,6 +52,11 @@ class Shown:
     @property
     def status(self) -> str:
         return self.recorded.status
+
+    @property
+    def reason(self) -> str:
+        """Why it is not complete."""
+        return self.recorded.reason
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -69,11 +75,13 @@ class Shown:
     @property
     def caption(self) -> str:
         """Run, machine, model and sample sizes: what stands under each figure."""
-        counts = self.rows["metric"].value_counts()
-        sizes = [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
-                 if name in counts]
         model = self.recorded.config.model
-        return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(sizes) or 0}"])
+        return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(self._sizes()) or 0}"])
+
+    def _sizes(self) -> list[str]:
+        counts = self.rows["metric"].value_counts()
+        return [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
+                if name in counts]
 
 
 class Result(Shown):

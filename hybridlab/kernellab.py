@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
-from hybridlab import fused, models, opbench
+from hybridlab import experiment, fused, kernelanswers, kerneltables, models, opbench
 from hybridlab.config import BenchConfig, Sampling
 from hybridlab.opbench import Case, Sizes
 from hybridlab.records import Run
@@ -20,6 +21,39 @@ from hybridlab.tape import Tape
 
 STEPS = {"torch": ("torch",), "kernel": ("fused", "fused, no graph"), "kernel, pdl": ("fused, pdl",)}
 WARM = 2  # replays of each before the timed ones
+
+
+class KernelResult(experiment.Shown):
+    """The recorded run of a timing of kernels; the columns of its rows are `schemas.KERNELS`."""
+
+    kind = "kernels"
+
+    @property
+    def config(self) -> BenchConfig:
+        assert isinstance(self.recorded.config, BenchConfig)
+        return self.recorded.config
+
+    def _sizes(self) -> list[str]:
+        counts = self.rows.groupby(["metric", "op", "context", "variant"]).size()
+        return [f"{counts.min():,} replays of each"] if len(counts) else []
+
+    def table(self) -> pd.DataFrame:
+        """The operations, a line each, as `kernelbench.table`."""
+        return kerneltables.table(self.rows)
+
+    def steps(self) -> pd.DataFrame:
+        """The whole step, a line a variant and context, as `kernelbench.steps`."""
+        return kerneltables.steps(self.rows)
+
+    def reading(self) -> str:
+        """The result in words; every number is computed from the rows."""
+        if not (self.rows["metric"] == "step").any():
+            return f"Run {self.run_id} holds no whole step: {self.reason or self.status}."
+        parts = [kernelanswers.in_short(self.rows)]
+        if self.on_cpu:
+            parts.append("These are CPU timings: a graph is a tape of the recorded calls and a kernel is Inductor's "
+                         "here; they are not GPU times.")
+        return "\n".join(parts)
 
 
 class Plan(NamedTuple):

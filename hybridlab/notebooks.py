@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
-from hybridlab.config import CacheConfig, RunConfig, as_dict
+from hybridlab.config import as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
-from hybridlab.parameters import code_cells, defaults, read_notebook, settings
+from hybridlab.parameters import Experiment, code_cells, defaults, read_notebook, settings
 from hybridlab.records import MANIFEST, RUN_VARIABLE, Run, atomic_write
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Failure:
     cell: int | None
 
 
-def check(path: str | Path, parameters: Mapping[str, Any] | None = None) -> RunConfig | CacheConfig:
+def check(path: str | Path, parameters: Mapping[str, Any] | None = None) -> Experiment:
     """The settings that a run of this notebook with these parameters would have. Starts no kernel.
 
     Raises: `NotebookError` for a notebook that cannot be run or a parameter that it does not take or whose value
@@ -177,7 +177,7 @@ def _kernel_manager(run_path: Path) -> Iterator[type[AsyncKernelManager]]:
         yield OwnKernel
 
 
-def _disagreement(config: RunConfig | CacheConfig, run_path: Path, taken: set[str]) -> Failure | None:
+def _disagreement(config: Experiment, run_path: Path, taken: set[str]) -> Failure | None:
     """A failure if the settings that the notebook really measured with differ from its parameters."""
     recorded = json.loads((run_path / "config.json").read_text(encoding="utf-8"))
     for name, asked in as_dict(config).items():

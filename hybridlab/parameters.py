@@ -13,11 +13,13 @@ import msgspec
 import nbformat
 
 from hybridlab.buckets import ladder
-from hybridlab.config import CacheConfig, RunConfig, RuntimeConfig, build
-from hybridlab.errors import ConfigError, NotebookError, nearest
+from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, build
+from hybridlab.errors import ConfigError, NotebookError, choose, nearest
 from hybridlab.names import context, require_fit
 from hybridlab.workload import require_known
 
+Experiment = RunConfig | CacheConfig | BenchConfig  # what a notebook's parameters can be fields of
+KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig)
 OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
 IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect
@@ -68,10 +70,10 @@ def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
     return found
 
 
-def kind_of(names: Iterable[str]) -> type[RunConfig | CacheConfig]:
-    """The config class that knows most of `names`; RunConfig where both know equally many."""
+def kind_of(names: Iterable[str]) -> type[Experiment]:
+    """The config class that knows most of `names`; the first of KINDS where several know equally many."""
     names = set(names)
-    return CacheConfig if len(names & _fields(CacheConfig)) > len(names & _fields(RunConfig)) else RunConfig
+    return max(KINDS, key=lambda kind: len(names & _fields(kind)))
 
 
 def _fields(kind: type[msgspec.Struct]) -> set[str]:
@@ -101,7 +103,7 @@ def _assignment(statement: ast.stmt) -> tuple[str, Any] | None:
         return None
 
 
-def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> RunConfig | CacheConfig:
+def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> Experiment:
     """The notebook's defaults with `parameters` over them. Raises as `notebooks.check`."""
     taken = defaults(notebook, name)
     for parameter, value in parameters.items():
@@ -111,12 +113,35 @@ def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str
                                 nearest(str(parameter)[:80], taken) if taken else "")
         _plain(parameter, value)
     _single_owner(notebook, name, taken)
-    config: RunConfig | CacheConfig = build(kind_of(taken), taken | dict(parameters))
+    kind, values = kind_of(taken), taken | dict(parameters)
+    if kind is BenchConfig:
+        bench = timed(values)
+        require_held(bench, context(bench.model))
+        return bench
+    config = build(CacheConfig, values) if kind is CacheConfig else build(RunConfig, values)
     require_fit(config, context(config.model))
     if isinstance(config, CacheConfig):
         require_known(config.trace)
         compared(config)
     return config
+
+
+def timed(values: Mapping[str, Any]) -> BenchConfig:
+    """A BenchConfig whose lengths and variants are each there once. Raises: ConfigError."""
+    for variant in values.get("variants") or ():
+        choose("variant", variant, VARIANTS)
+    config = build(BenchConfig, values)
+    for name, given in (("lengths", config.lengths), ("variants", config.variants)):
+        if given and len(set(given)) != len(given):
+            raise ConfigError(f"{name} holds a value twice", f"{list(given)}", "each is timed once a round")
+    return config
+
+
+def require_held(config: BenchConfig, tokens: int | None) -> None:
+    """Raise `ConfigError` if a context to be timed is longer than the model's of `tokens` (None: not known yet)."""
+    longest = max(config.lengths or (1,))
+    if tokens is not None and longest > tokens:
+        raise ConfigError(f"a context of {longest} tokens", f"{config.model} holds {tokens}", "give shorter lengths")
 
 
 def compared(config: CacheConfig) -> dict[str, dict[str, Any]]:

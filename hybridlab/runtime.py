@@ -239,8 +239,7 @@ class Runtime:
     def _serve(self, asked: Request) -> Iterator[tuple[Step, float]]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
-            flying: deque[Launched] = deque()
-            over = False
+            flying, over = deque[Launched](), False
             try:
                 self._executor.check()
                 start = time.perf_counter_ns()

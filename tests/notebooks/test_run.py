@@ -17,13 +17,13 @@ import nbformat
 import numpy as np
 import pytest
 
-from hybridlab import answers, notebooks, records
+from hybridlab import answers, kernelanswers, notebooks, records
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CACHE = "07_graph_cache"  # its rows are those of a cache run
+CACHE, KERNELS = "07_graph_cache", "08_kernels"  # their rows are those of a cache run, and of timed kernels
 PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
 ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
            "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS),
@@ -310,7 +310,8 @@ def alive(pid: int) -> bool:
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != CACHE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS)],
+                         ids=lambda path: path.stem)
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
     small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "budget_s": 5.0, "device": "cpu"}
@@ -341,6 +342,23 @@ def test_the_cache_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> No
     assert set(first.loc[first["setting"] == "capture=never", "path"]) == {"jit"}
     assert set(recorded.rows["part"]) == {"stream", "cost", "disturb"}
     assert not answers.table(recorded.rows)["answer"].str.startswith("Not in these rows").any()
+    require_figures(done.path)
+
+
+@pytest.mark.slow
+def test_the_kernel_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> None:
+    """An answer "not in these rows" to a question that the notebook poses would leave the reader with nothing."""
+    small = {"lengths": [1, 20], "variants": ["torch", "kernel"], "repeats": 6, "device": "cpu"}
+    done = notebooks.run(FOLDER / f"{KERNELS}.ipynb", small, root=tmp_path / "runs", progress=False)
+    recorded = records.read(done.run_path)
+    assert (recorded.status, recorded.kind, recorded.config.lengths) == ("complete", "kernels", (1, 20))
+    steps = recorded.rows[recorded.rows["metric"] == "step"]
+    assert steps.groupby(["context", "variant"]).size().to_dict() == {
+        (context, name): 6 for context in (1, 20) for name in ("torch", "fused", "fused, no graph")}
+    said = [answer(recorded.rows) for answer in (kernelanswers.what_fusion_buys, kernelanswers.what_the_graph_buys,
+                                                 kernelanswers.where_the_time_goes)]
+    assert not any("in these rows" in answer for answer in said)
+    assert "cannot start a kernel early" in kernelanswers.what_pdl_buys(recorded.rows)
     require_figures(done.path)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic rows of cache runs, for the tests of what is drawn and said from them."""
+"""Synthetic rows of cache runs and of timed kernels, for the tests of what is drawn and said from them."""
 
 from __future__ import annotations
 
@@ -113,3 +113,39 @@ def cache_rows() -> Callable[..., pd.DataFrame]:
 DEFAULT = {"capture=never": ("never", None), "capture=sync": ("sync", None), "capture=async": ("async", None),
            "capture=async, cache_graphs=5": ("async", 5)}
 WAYS = {"quiet": 1.0, "thread": 1.3, "thread flush": 6.0, "cooperative": 1.1, "sync": 15.0}
+
+
+STEPS = {"torch": (5000.0, 100), "fused, no graph": (8000.0, 20), "fused": (3000.0, 20), "fused, pdl": (2500.0, 20)}
+CALLS = {"torch": 20.0, "kernel": 10.0, "kernel, pdl": 8.0}
+
+
+@pytest.fixture
+def kernel_rows() -> Callable[..., pd.DataFrame]:
+    """A builder of the rows of timed kernels, in no order. `contexts`: how many µs longer a step takes at each. Round i
+    adds i - n // 2 times 100 µs to a step and 1 µs to a call, so that a median is the time given, and differences of
+    one round are all the same. Reads run at 4 GB/s, and at 5 beside steps that take longer."""
+    def build(steps: dict[str, tuple[float, int]] | None = None, calls: dict[str, float] | None = None, *, n: int = 7,
+              contexts: dict[int, float] | None = None, run_id: str = "r1") -> pd.DataFrame:
+        found: list[dict[str, Any]] = []
+
+        def add(metric: str, op: str, variant: str, context: int, us: float, jitter: float, size: int,
+                kernels: int | None = None) -> None:
+            for i in range(n):
+                time = us + (i - n // 2) * jitter
+                found.append({"run_id": run_id, "metric": metric, "op": op, "variant": variant, "rows": 2, "depth": 3,
+                              "context": context, "calls": 1, "kernels": kernels, "ms": time / 1e3, "us": time,
+                              "bytes": size, "flops": 12, "order": len(found)})
+
+        for context, more in ({1: 0.0, 64: 1000.0} if contexts is None else contexts).items():
+            for name, (us, kernels) in (STEPS if steps is None else steps).items():
+                add("step", "step", name, context, us + more, 100.0, 8_000_000 + 1000 * int(more), kernels)
+            add("read", "read", "step", context, 8.0 if more else 10.0, 0.0, 40_000)
+            for name, us in (CALLS if calls is None else calls).items():
+                add("op", "attend_next", name, context, us + more / 100, 1.0, 8_000)
+            add("read", "read", "attend_next", context, 8.0 if more else 10.0, 0.0, 40_000)
+        for name, us in (CALLS if calls is None else calls).items():
+            add("op", "project qkv", name, 0, 2 * us, 1.0, 32_000)
+        add("read", "read", "project qkv", 0, 10.0, 0.0, 40_000)
+        return pd.DataFrame(found).astype({"kernels": "Int64"}).sample(frac=1, random_state=2)
+
+    return build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hybridlab import (
     terminal,
     workload,
 )
-from hybridlab.config import PAPER_LENGTHS, CacheConfig, Policy, RunConfig, build
+from hybridlab.config import PAPER_LENGTHS, BenchConfig, CacheConfig, Policy, RunConfig, build
 from hybridlab.errors import CaptureFailed, ConfigError, ModelError, NotebookFailed
 from hybridlab.experiment import Result as Recorded
 from hybridlab.plan import Plan
@@ -274,6 +275,32 @@ def test_cache_runs_are_verified_shown_and_not_drawn(checkout: Path) -> None:
     assert "of kind cache" in invoke("check", "--root", str(checkout)).stderr
 
 
+def test_runs_of_kernels_are_verified_shown_and_drawn(checkout: Path, kernel_rows: Callable[..., pd.DataFrame]) -> None:
+    """A table of a timing of kernels must be recomputed from its rows, and its figures be those of its run."""
+    run = records.Run.create(BenchConfig(device="cpu"), checkout / "data" / "runs", run_id="99991231-000000-eeee")
+    rows = kernel_rows().drop(columns="run_id").astype({"kernels": object})
+    run.append(rows.where(rows.notna(), None).to_dict("records"))
+    run.finish("complete")
+    name = run.path.relative_to(checkout / "data" / "runs").as_posix()
+    readme = checkout / "README.md"
+    readme.write_text("".join(f"<!-- table: {kind} run={name} -->\n<!-- /table -->\n" for kind in ("kernels", "steps")))
+    assert invoke("check", "--root", str(checkout), "--write").exit_code == 0
+    text = readme.read_text()
+    assert "| fused | 64 | 4.00 [3.70, 4.30] |" in text
+    assert "| attend\\_next 2 × 3 | 1 | kernel | 10.0 [7.00, 13.0] | 2.00 [" in text
+    assert f"The whole step · run {run.id} · " in text
+    assert invoke("check", "--root", str(checkout)).exit_code == 0
+    readme.write_text(text.replace("4.00 [3.70", "3.99 [3.70"))
+    assert invoke("check", "--root", str(checkout)).exit_code == 1
+    drawn = {f"{file.parent.name}/{file.name}" for file in committed.redraw(checkout)}
+    machine = run.path.parent.name
+    assert {f"{machine}/kernels_{figure}.{end}" for figure in ("operations", "waterfall", "by_context")
+            for end in ("svg", "png")} <= drawn
+    assert "ablation.svg" in {name.partition("/")[2] for name in drawn}
+    readme.write_text(f"<!-- table: ablation run={name} -->\n<!-- /table -->\n")
+    assert "of kind kernels" in invoke("check", "--root", str(checkout)).stderr
+
+
 # ---- reproduce ------------------------------------------------------------------------------------------------------
 
 def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
@@ -282,10 +309,18 @@ def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     plan = reproduce.steps("tiny", 5, 10.0)
     assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
                                                 "04_hybrid", "05_ablation", "06_partition",
-                                                "07_graph_cache"]
+                                                "07_graph_cache", "08_kernels"]
     configs = {step.notebook: notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan}
     ablation = configs["05_ablation"]
     assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
+
+
+def test_a_model_that_cannot_be_fused_is_reproduced_without_its_kernels(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last notebook would end the main job after all others had run, or be passed over in silence."""
+    monkeypatch.setattr("hybridlab.fused.FAMILIES", ("qwen3",))
+    assert [step.notebook for step in reproduce.steps("tiny", 5, 10.0)][-1] == "07_graph_cache"
+    assert "08_kernels is left out" in capsys.readouterr().err
 
 
 def test_reproduce_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

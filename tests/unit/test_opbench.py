@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hybridlab import cli, kernelbench, kernellab, kernels, models, opbench, records, tiles
+from hybridlab import cli, kernelbench, kernellab, kernels, kerneltables, models, opbench, records, tiles
 from hybridlab.config import BenchConfig
 from hybridlab.errors import ConfigError, MeasureError, ModelError, RunError
 from hybridlab.opbench import Sizes
@@ -46,7 +46,7 @@ def test_bytes_and_flops_are_those_counted_by_hand() -> None:
         ("project head", 0): (10, 8, 2 * (10 * 8 + 8 + 8 + 10), 2 * 10 * 8),
         ("greedy", 0): (1, 10, 48, 0),
         ("attend", 1): (16, 4, 2 * (32 + 16 + 16) + 8, 64), ("attend", 3): (16, 4, 2 * (32 + 16 + 16 + 32) + 8, 192)}
-    assert {op for op, _ in found} == set(kernelbench.OPS)
+    assert {op for op, _ in found} == set(kerneltables.OPS)
 
 
 def test_a_window_and_norms_of_heads_are_counted() -> None:

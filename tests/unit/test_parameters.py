@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from hybridlab import notebooks, parameters
-from hybridlab.config import CacheConfig, RunConfig
+from hybridlab.config import BenchConfig, CacheConfig, RunConfig
 from hybridlab.errors import ConfigError, NotebookError, PromptError
 
 
@@ -23,6 +23,7 @@ def notebook(tmp_path: Path, source: str) -> Path:
     ("model = 'tiny'\nrepeats = 3", RunConfig), ("", RunConfig), ("lengths = [10]", RunConfig),
     ("model = 'tiny'\ntrace = 'chat'\nrequests = 5", CacheConfig),
     ("compare = [{'capture': 'sync'}, {}]\nseed = 1", CacheConfig),
+    ("model = 'tiny'\nlengths = [1]\nvariants = None\nrepeats = 3", BenchConfig),
 ])
 def test_the_names_of_the_cell_decide_the_config(tmp_path: Path, source: str, kind: type) -> None:
     """A notebook about the graph cache, checked against an ablation's fields, would be refused or lose parameters."""
@@ -37,6 +38,13 @@ def test_a_cache_notebook_takes_its_parameters(tmp_path: Path) -> None:
     assert config == CacheConfig(trace="zipf", repeats=2, compare=({"capture": "sync", "buckets": [16, 64]},))
 
 
+def test_a_kernel_notebook_takes_its_parameters(tmp_path: Path) -> None:
+    """A variant with a comma in its name must not arrive as two."""
+    path = notebook(tmp_path, "model = 'tiny'\nlengths = [1]\nvariants = None")
+    given = dict([parameters.pair('variants=["torch", "kernel, pdl"]'), parameters.pair("lengths=[3, 9]")])
+    assert notebooks.check(path, given) == BenchConfig(lengths=(3, 9), variants=("torch", "kernel, pdl"))
+
+
 @pytest.mark.parametrize(("source", "given", "error", "message"), [
     ("trace = 'zipf'\nrequets = 3", {}, NotebookError, "did you mean 'requests'"),
     ("trace = 'zipf'\nlengths = [3]", {}, NotebookError, "fields of CacheConfig|fields of RunConfig"),
@@ -44,6 +52,10 @@ def test_a_cache_notebook_takes_its_parameters(tmp_path: Path) -> None:
     ("trace = 'zipf'\ncompare = [{}]", {"compare": [{"capture": "snyc"}]}, ConfigError, "did you mean 'sync'"),
     ("trace = 'zipf'\ncompare = [{}]", {"compare": [{"arm": "graph"}]}, ConfigError, "leave it out"),
     ("trace = 'zipf'\ncost_lengths = [8]", {"cost_lengths": [100000]}, PromptError, "lower cost_lengths"),
+    ("variants = None\nlengths = [1]", {"lengths": [1, 100000]}, ConfigError, "a context of 100000 tokens"),
+    ("variants = None\nlengths = [1]", {"lengths": [5, 5]}, ConfigError, "lengths holds a value twice"),
+    ("variants = None\nlengths = [1]", {"variants": ["kernels"]}, ConfigError, "did you mean 'kernel'"),
+    ("variants = None\nlengths = [1]", {"variants": ["torch", "torch"]}, ConfigError, "variants holds a value twice"),
 ])
 def test_wrong_parameters_are_refused_before_a_kernel(tmp_path: Path, source: str, given: dict[str, Any],
                                                       error: type[Exception], message: str) -> None:
