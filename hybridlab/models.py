@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from hybridlab import checkpoint, names
+from hybridlab import checkpoint, layout, names
 from hybridlab.config import DTYPES
 from hybridlab.errors import ConfigError, ModelError, choose, nearest
 
@@ -52,6 +52,7 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
     else:
         model = _from_directory(names.directory(name) or _fetch(name), target, wanted)
     model.name_or_path = name
+    layout.lay_side_by_side(model)
     return model.eval().requires_grad_(False)
 
 

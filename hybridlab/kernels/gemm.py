@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab.kernels.gemv import _start
+from hybridlab.layout import joined
 
 FEWEST = 16         # tokens of the smallest tile
 FEW = 64            # rows up to which these kernels were no slower than cuBLAS on an H200
@@ -100,6 +101,9 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
             b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor) -> None:
     """`hybridlab.fusedops.project` of several tokens; biases are given for all matrices or for none."""
     normed = _normed(x, gain, eps, pdl)
+    whole, biases = joined((a, b, c)), joined((a_bias, b_bias, c_bias))
+    if whole is not None and (a_bias is None or biases is not None):  # one product then serves all three
+        a, b, c, a_bias, b_bias, c_bias = whole, None, None, biases, None, None
     if len(x) <= (FEW if b is None else FEW_OF_THREE):
         _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out)
         return

@@ -1,0 +1,41 @@
+"""Weights that one product reads together, side by side in memory, so that a library can multiply by all of them at
+once. Nothing is copied for good: the parameters become parts of one block, with the values they had."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOGETHER = ("q_proj", "k_proj", "v_proj")  # of one attention, as transformers names them
+
+
+def lay_side_by_side(model: torch.nn.Module) -> None:
+    """Lay the projections of every attention of `model` side by side, weights and biases. Memory peaks at one
+    layer's more. What holds their old addresses must not exist yet."""
+    for module in model.modules():
+        found = [getattr(module, name, None) for name in TOGETHER]
+        if all(type(one) is torch.nn.Linear for one in found):
+            for name in ("weight", "bias"):
+                parts = [getattr(one, name) for one in found]
+                if all(part is not None for part in parts) and len({part.shape[1:] for part in parts}) == 1:
+                    _join(parts)
+
+
+def _join(parts: list[torch.nn.Parameter]) -> None:
+    whole = torch.cat([part.data for part in parts])
+    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = place
+
+
+def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The one matrix, or vector, that `parts` are in this order; None if they do not lie side by side."""
+    first, place = parts[0], None
+    for part in parts:
+        if first is None or part is None or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        if place is not None and (part.data_ptr() != place or part.shape[1:] != first.shape[1:]
+                                  or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()):
+            return None
+        place = part.data_ptr() + part.nbytes
+    assert first is not None
+    return first.as_strided((sum(len(part) for part in parts if part is not None), *first.shape[1:]), first.stride())
