@@ -35,7 +35,7 @@ _ROW_WRITERS = {"index_copy_", "index_put_", "scatter_"}                  # of t
 _OVERWRITERS = {"copy_", "fill_", "zero_", "pad", "greedy", "sample"}     # read nothing of what they write
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback"}                         # rows x experts, each row with its own expert
 _SEVERAL = {"sort": 2, "topk": 2, "cumsum": 2, "nonzero": 3, "multinomial": 4, "index_put": 2}  # approximate
-_JIT = {"attend": 2, "pad": 1, "advance": 1, "greedy": 1, "sample": 1,
+_JIT = {"attend": 2, "pad": 1, "advance": 1, "greedy": 1, "sample": 1, "emit": 1,
         "project": 1, "swiglu": 1, "residual": 1, "attend_next": 1}
 
 
