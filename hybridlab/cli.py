@@ -279,7 +279,7 @@ def check(
     """Verify every committed run against its manifest, and every README table against the rows it names.
 
     A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
-    of ablation also ttft and itl, by prompt length, cache, kernels and steps. Exit code 1, with a diff, when anything differs.
+    of ablation also ttft, itl, cache, kernels and steps. Exit code 1, with a diff, when anything differs.
     """
     with errors(debug):
         from hybridlab import committed, paths
