@@ -213,8 +213,7 @@ def cache(
         print(f"run      {terminal.near(result.path)}")
 
 
-@app.command(epilog=examples("hybridlab tune random:llama-2-7b", "hybridlab tune random:llama-2-7b --check",
-                              "hybridlab tune random:mistral-7b --check --gpu nvidia-h200"))
+@app.command(epilog=examples("hybridlab tune random:llama-2-7b", "hybridlab tune tiny --check --gpu nvidia-h200"))
 def tune(
     model: Annotated[str, typer.Argument(help="As --model of generate; only its config is read.")],
     dtype: Annotated[str, option("float16, bfloat16 or float32.")] = "float16",
@@ -222,18 +221,20 @@ def tune(
     check: Annotated[bool, option("Time nothing: say which products have a tile; exit code 1 if one has none.",
                                    "--check")] = False,
     gpu: Annotated[str | None, option("With --check: another GPU, named like its file in data/tuning/.")] = None,
+    missing: Annotated[bool, option("Only what has no tile yet, as after an interruption.", "--missing")] = False,
     debug: Debug = False,
 ) -> None:
-    """Find the fastest tile of each matrix product of MODEL's fused decode step, and keep it for this GPU."""
+    """Find the fastest tile of each matrix product of MODEL's fused steps, and keep it for this GPU."""
     with errors(debug):
         if gpu is not None and not check:
             raise ConfigError("--gpu goes with --check", "tiles are timed on the GPU that is here", "leave it out")
         with err.status("starting"):
             from hybridlab import tune as job
 
-        table, words, missing = job.coverage(model, dtype, device, gpu) if check else job.run(model, dtype, device, err)
+        table, words, without = (job.coverage(model, dtype, device, gpu) if check
+                                 else job.run(model, dtype, device, err, missing))
         terminal.results([table], words)
-    if missing:
+    if without:
         raise typer.Exit(terminal.FAILED)
 
 

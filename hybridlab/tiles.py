@@ -14,14 +14,19 @@ from torch import Tensor
 
 from hybridlab import fusedops, tuning
 from hybridlab.errors import MeasureError
-from hybridlab.kernels import gemv
-from hybridlab.tuning import Tile
+from hybridlab.kernels import gemm, gemv
+from hybridlab.tuning import LIBRARY, Tile
 
-CANDIDATES = tuple(Tile(*sizes) for sizes in (
+OF_ONE = tuple(Tile(*sizes) for sizes in (
     (1, 1024, 2), (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (2, 1024, 2), (2, 1024, 4), (2, 2048, 4), (2, 2048, 8),
     (2, 4096, 8), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (4, 2048, 8), (4, 4096, 16), (8, 256, 4), (8, 512, 4),
     (8, 512, 8), (8, 1024, 8), (16, 128, 4), (16, 256, 4), (16, 256, 8), (16, 512, 8)))
+OF_SEVERAL = (LIBRARY, *(Tile(*sizes) for sizes in (  # a matrix unit takes 64 rows at once
+    (32, 128, 4, 4), (32, 256, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4),
+    (64, 256, 4, 3), (128, 64, 4, 4), (128, 64, 4, 6), (128, 64, 8, 6), (128, 128, 8, 3))))
 KERNELS: dict[str, Callable[..., None]] = {"project": gemv.project, "swiglu": gemv.swiglu, "residual": gemv.residual}
+KERNELS_OF_SEVERAL: dict[str, Callable[..., None]] = {
+    "project": gemm.project, "swiglu": gemm.swiglu, "residual": gemm.residual}
 LAUNCHES, TIMINGS, WARM = 32, 7, 2  # launches of a graph, at least; its timed replays; replays before them
 BEYOND_CACHE = 4   # times the L2 cache that all copies of the weights hold
 MOST_COPIES = 256  # where a matrix is so small that a graph of more would take longer to build than to judge
@@ -35,18 +40,24 @@ Tick = Callable[[str], None]                       # one step is done, and what 
 
 
 class Product(NamedTuple):
-    """One product of the step: the rows its table entry is under, its depth, and the rows of each matrix it reads."""
+    """One product of a step of `tokens`: the rows its table entry is under, its depth, and the rows of each matrix."""
 
     op: str
     rows: int
     depth: int
     parts: tuple[int, ...]
+    tokens: int = 1
 
     def key(self, dtype: str) -> tuning.Key:
-        return self.op, self.rows, self.depth, dtype
+        return self.op, self.tokens, self.rows, self.depth, dtype
 
     def __str__(self) -> str:
-        return f"{self.op} {self.rows:,} × {self.depth:,}"
+        return f"{self.op} {self.rows:,} × {self.depth:,}" + (f", {self.tokens} tokens" if self.tokens > 1 else "")
+
+
+def candidates(tokens: int) -> tuple[Tile, ...]:
+    """What a product of `tokens` is timed with."""
+    return OF_ONE if tokens == 1 else OF_SEVERAL
 
 
 class Found(NamedTuple):
@@ -74,14 +85,15 @@ class Weights:
         def noise(*shape: int, std: float = 1.0) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device).normal_(std=std, generator=generator)
 
-        depth = product.depth
-        self.copies = [[noise(rows, depth, std=depth**-0.5) for rows in product.parts] for _ in range(copies)]
-        self.x, self.gain = noise(depth), noise(depth)
-        self.out = torch.zeros(product.rows, dtype=dtype, device=device)
+        depth, of = product.depth, (product.tokens,) if product.tokens > 1 else ()
+        self.copies = [noise(sum(product.parts), depth, std=depth**-0.5).split(product.parts)  # as `layout` lays them
+                       for _ in range(copies)]
+        self.x, self.gain = noise(*of, depth), noise(depth)
+        self.out = torch.zeros(*of, product.rows, dtype=dtype, device=device)
         fusedops.REFERENCE[product.op](*self.arguments(self.copies[0]))
         self.exact = self.out.double()
 
-    def arguments(self, matrices: list[Tensor], pdl: bool | None = None) -> tuple[Any, ...]:
+    def arguments(self, matrices: Sequence[Tensor], pdl: bool | None = None) -> tuple[Any, ...]:
         """Of the operation over one copy; `pdl` None: as these weights were made for."""
         pdl = self.pdl if pdl is None else pdl
         if self.product.op == "residual":
@@ -92,7 +104,7 @@ class Weights:
     def launches(self, tile: Tile) -> list[partial[None]]:
         """Of every copy equally often."""
         rounds = math.ceil(LAUNCHES / len(self.copies))
-        kernel = KERNELS[self.product.op]
+        kernel = (KERNELS if self.product.tokens == 1 else KERNELS_OF_SEVERAL)[self.product.op]
         return [partial(kernel, *self.arguments(matrices), tile=tile) for matrices in self.copies] * rounds
 
     def problem(self, tile: Tile) -> str:
@@ -110,7 +122,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:120]
 
 
-def search(weights: Weights, clock: Clock, candidates: Sequence[Tile] = CANDIDATES,
+def search(weights: Weights, clock: Clock, candidates: Sequence[Tile],
            tick: Tick = lambda _: None) -> Found:
     """Times every candidate that compiles, runs and computes the product, all of them compiled first.
 

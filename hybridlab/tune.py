@@ -1,10 +1,10 @@
-"""The fastest tile of each matrix product in a model's fused decode step, timed on this GPU and kept in its table."""
+"""The fastest tile of each matrix product in a model's fused steps, timed on this GPU and kept in its table."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,16 @@ from hybridlab import fused, models, tiles, tuning
 from hybridlab.config import DTYPES
 from hybridlab.errors import ConfigError, choose
 from hybridlab.records import atomic_write
-from hybridlab.tiles import CANDIDATES, Found, Product, Weights
-from hybridlab.tuning import Entry, Tile
+from hybridlab.tiles import Found, Product, Weights
+from hybridlab.tuning import LIBRARY, TOKENS, Entry, Tile
 
 
 def products(model: Any) -> list[Product]:
-    """Every different product of the fused decode step of `model` (anything `hybridlab.load` takes), from its config
-    alone. Raises `ConfigError` if the step cannot be fused."""
+    """Every different product of the fused steps of `model` (anything `hybridlab.load` takes), from its config alone:
+    those of decode first, then of prompts by the tokens of a tile. Raises `ConfigError` if a step cannot be fused."""
     bare = models.skeleton(model)
     if reason := fused.refusal(bare):
-        raise ConfigError(f"the decode step of {bare.name_or_path} cannot be fused", reason,
+        raise ConfigError(f"the steps of {bare.name_or_path} cannot be fused", reason,
                           f"give a model of the families {', '.join(fused.FAMILIES)}")
     found: list[Product] = []
     for layer in bare.model.layers:
@@ -37,8 +37,10 @@ def products(model: Any) -> list[Product]:
         found += [_product("project", attention.q_proj, attention.k_proj, attention.v_proj),
                   _product("residual", attention.o_proj), _product("swiglu", mlp.gate_proj, mlp.up_proj),
                   _product("residual", mlp.down_proj)]
-    found.append(_product("project", bare.lm_head))
-    return list({(one.op, one.rows, one.depth): one for one in reversed(found)}.values())[::-1]
+    head = _product("project", bare.lm_head)  # of one token also where a prompt has several
+    layers = [one._replace(tokens=tokens) for tokens in TOKENS for one in found]
+    decode = [*layers[:len(found)], head]
+    return list({one._replace(parts=()): one for one in reversed([*decode, *layers[len(found):]])}.values())[::-1]
 
 
 def _product(op: str, *matrices: Any) -> Product:
@@ -47,38 +49,43 @@ def _product(op: str, *matrices: Any) -> Product:
 
 
 def run(model: str, dtype: str = "float16", device: str = "cuda", console: Console | None = None,
-        candidates: Sequence[Tile] = CANDIDATES) -> tuple[Table, str, int]:
-    """Finds and keeps the tile of every product of `model`: a table, words, and 0, which is how many have none.
+        missing: bool = False, candidates: Callable[[int], Sequence[Tile]] = tiles.candidates
+        ) -> tuple[Table, str, int]:
+    """Finds and keeps the tile of every product of `model`, or of those alone that have none (`missing`): a table,
+    words, and 0, which is how many are left without.
 
     Each product is written as soon as it is found; entries of other products stay. Raises `ConfigError` or
     `ModelError` before any work, and `MeasureError` where no tile runs.
     """
     kind, where = choose("dtype", dtype, DTYPES), _gpu(device)
     wanted, gpu = products(model), tuning.gpu(where.index)
-    tuning.read(_writable(gpu))  # refused now if it is damaged
+    there = tuning.read(_writable(gpu))  # refused now if it is damaged
+    wanted = [one for one in wanted if not missing or one.key(kind) not in there]
     copies = _copies(wanted, kind, where)
     pdl = torch.cuda.get_device_capability(where) >= fused.PDL_SINCE
-    results: list[tuple[Entry, Found]] = []
+    results: list[tuple[Product, Entry, Found]] = []
     with torch.cuda.device(where), _bars(console) as bars:
         rate = tiles.read_gbs(where, tiles.replays_us)
         for product, count in zip(wanted, copies, strict=True):
-            bar = bars.add_task(str(product), total=2 * len(candidates), doing="making weights")
+            tried = candidates(product.tokens)
+            bar = bars.add_task(str(product), total=2 * len(tried), doing="making weights")
             weights = Weights(product, getattr(torch, kind), where, count, pdl)
-            found = tiles.search(weights, tiles.replays_us, candidates, tick=partial(_advance, bars, bar))
+            found = tiles.search(weights, tiles.replays_us, tried, tick=partial(_advance, bars, bar))
             entry = entry_of(product, kind, found, rate)
             keep(gpu, [entry])
             bars.update(bar, doing=f"{_shown(entry.tile)}: {entry.us:.1f} µs, {entry.gbs:,.0f} GB/s")
-            results.append((entry, found))
+            results.append((product, entry, found))
             del weights  # before the next are made: both may not fit
-    return _summary(gpu, results), _words(gpu, rate, results, len(candidates)), 0
+    return _summary(f"{gpu}, {kind}", results), _words(gpu, rate, results), 0
 
 
 def entry_of(product: Product, dtype: str, found: Found, read_rate: float) -> Entry:
     """The line of the table, rounded as it is written."""
     us = round(found.us(found.best), 3)
-    gbs = tuning.weight_bytes(*product.key(dtype)) / us / 1e3
-    return Entry(op=product.op, rows=product.rows, depth=product.depth, dtype=dtype,  # type: ignore[arg-type]
-                 tile_rows=found.best.rows, tile_columns=found.best.columns, warps=found.best.warps, us=us,
+    gbs = tuning.weight_bytes(product.key(dtype)) / us / 1e3
+    return Entry(op=product.op, tokens=product.tokens, rows=product.rows,  # type: ignore[arg-type]
+                 depth=product.depth, dtype=dtype, tile_rows=found.best.rows,  # type: ignore[arg-type]
+                 tile_columns=found.best.columns, warps=found.best.warps, stages=found.best.stages, us=us,
                  gbs=round(gbs, 1), share=round(gbs / read_rate, 4), timings=len(found.times[found.best]),
                  date=datetime.now(UTC).date(), torch=torch.__version__, triton=triton.__version__)
 
@@ -101,7 +108,7 @@ def coverage(model: str, dtype: str = "float16", device: str = "cuda", gpu: str 
     table = Table("product", "tile", "", "µs", "GB/s", "found", title=f"{name}, {kind}")
     for product in wanted:
         entry = entries.get(product.key(kind))
-        table.add_row(str(product), _shown(entry.tile if entry else tuning.DEFAULTS[product.op]),
+        table.add_row(str(product), _shown(entry.tile if entry else _default(product, kind)),
                       "tuned" if entry else "default", *((f"{entry.us:.1f}", f"{entry.gbs:,.0f}",
                       f"{entry.date}, triton {entry.triton}") if entry else ("", "", "")))
     missing = sum(product.key(kind) not in entries for product in wanted)
@@ -135,7 +142,7 @@ def _copies(wanted: Sequence[Product], dtype: str, device: torch.device) -> list
     """Copies of the weights of each product. Raises `ConfigError` if one would not fit beside its float32 twin, which
     the specification makes, or if the memory that is read for the rate would not."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [tuning.weight_bytes(*one.key(dtype)) for one in wanted]
+    sizes = [tuning.weight_bytes(one.key(dtype)) for one in wanted]
     counts = [tiles.copies_of(size, cache) for size in sizes]
     needed = max(tiles.READ_BYTES, *(
         size * (count + 4 // tuning.ITEMSIZE[dtype]) for size, count in zip(sizes, counts, strict=True)))
@@ -155,23 +162,30 @@ def _advance(bars: Progress, bar: TaskID, doing: str) -> None:
     bars.update(bar, advance=1, doing=doing)
 
 
+def _default(product: Product, dtype: str) -> Tile:
+    return tuning.default(product.op, product.tokens, product.rows, dtype)
+
+
 def _shown(tile: Tile) -> str:
-    return f"{tile.rows} × {tile.columns}, {tile.warps} warps"
+    if tile == LIBRARY:
+        return "cuBLAS"
+    return f"{tile.rows} × {tile.columns}, {tile.warps} warps" + (f", {tile.stages} deep" if tile.stages > 1 else "")
 
 
-def _summary(gpu: str, results: Sequence[tuple[Entry, Found]]) -> Table:
-    table = Table("product", "tile", "µs", "GB/s", "of read rate", "default tile, µs", "left out",
-                  title=f"{gpu}, medians of {tiles.TIMINGS}")
-    for entry, found in results:
-        default = tuning.DEFAULTS[entry.op]
-        table.add_row(f"{entry.op} {entry.rows:,} × {entry.depth:,} {entry.dtype}", _shown(entry.tile),
-                      f"{entry.us:.1f}", f"{entry.gbs:,.0f}", f"{entry.share:.0%}",
-                      f"{found.us(default):.1f}" if default in found.times else "", str(len(found.left_out)))
+def _summary(where: str, results: Sequence[tuple[Product, Entry, Found]]) -> Table:
+    table = Table("product", "tile", "µs", "GB/s", "of read rate", "default tile, µs", "cuBLAS, µs", "left out",
+                  title=f"{where}, medians of {tiles.TIMINGS}")
+    for product, entry, found in results:
+        others = (f"{found.us(tile):.1f}" if tile in found.times else ""
+                  for tile in (_default(product, entry.dtype), LIBRARY))
+        table.add_row(str(product), _shown(entry.tile), f"{entry.us:.1f}", f"{entry.gbs:,.0f}", f"{entry.share:.0%}",
+                      *others, str(len(found.left_out)))
     return table
 
 
-def _words(gpu: str, rate: float, results: Sequence[tuple[Entry, Found]], candidates: int) -> str:
-    reasons = Counter(reason for _, found in results for reason in found.left_out.values())
+def _words(gpu: str, rate: float, results: Sequence[tuple[Product, Entry, Found]]) -> str:
+    reasons = Counter(reason for *_, found in results for reason in found.left_out.values())
+    tried = sum(len(found.times) + len(found.left_out) for *_, found in results)
     left = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "none"
-    return (f"A plain reduction read {rate:,.0f} GB/s. Of {candidates} candidates for each product, left out: "
+    return (f"A plain reduction read {rate:,.0f} GB/s. Of {tried} candidates for {len(results)} products, left out: "
             f"{left}.\nkept     {tuning.path(gpu)}")

@@ -1,4 +1,4 @@
-"""Which tile each matrix product of the fused decode step takes on this GPU: a table per GPU, and a default without.
+"""Which tile each matrix product of a fused step takes on this GPU: a table per GPU, and a default without.
 
 `hybridlab tune` writes the tables. A request never times anything: its kernels ask here, and the answer is kept.
 """
@@ -21,22 +21,27 @@ from hybridlab.paths import data_dir
 
 
 class Tile(NamedTuple):
-    """How a product is cut: rows of a program, columns of a chunk, warps of a program."""
+    """How a product is cut: rows of a program, columns of a chunk, warps of a program, and chunks under way at once,
+    which a kernel for one token does not ask for."""
 
     rows: int
     columns: int
     warps: int
+    stages: int = 1
 
 
-# Without a tuned entry. Found on an H200 for the matrices of Llama-2-7B in float16.
+LIBRARY = Tile(0, 0, 0, 0)      # no kernel of ours: cuBLAS multiplies
+TOKENS = (1, 16, 32, 64, 128)   # of a tile; of more tokens the library multiplies
+# For one token without a tuned entry. Found on an H200 for the matrices of Llama-2-7B in float16.
 DEFAULTS = {"project": Tile(2, 2048, 8), "swiglu": Tile(2, 1024, 4), "residual": Tile(4, 2048, 8)}
+FEW = 64  # tokens up to which the library was no faster there
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-LARGEST = Tile(64, 16384, 32)  # what a kernel may be asked for: all are powers of two, as Triton wants them
-SMALLEST = Tile(1, 16, 1)
+LARGEST = Tile(128, 16384, 32, 8)  # what a kernel may be asked for: powers of two, as Triton wants them, but stages
+SMALLEST = Tile(1, 16, 1, 1)
 MOST_ELEMENTS = 2**16  # held in registers: a compiler works for minutes on more
 RATES_AGREE = 1e-3  # or 0.1 GB/s: a table holds rounded numbers
 
-Key = tuple[str, int, int, str]  # op, rows, depth, dtype
+Key = tuple[str, int, int, int, str]  # op, tokens, rows, depth, dtype
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0.0)]
 NotNegative = Annotated[float, Meta(ge=0.0)]
@@ -47,16 +52,19 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A line of a table: the product, its fastest tile, and how that was found.
 
     `rows` are those of all matrices that `project` reads together, and of each of the two that `swiglu` reads.
-    `share` is of the rate at which a plain reduction read memory in the same command, so it may exceed 1.
+    Without a tile, which is four zeros, the library was the fastest. `share` is of the rate at which a plain reduction
+    read memory in the same command, so it may exceed 1.
     """
 
     op: Literal["project", "swiglu", "residual"]
+    tokens: Literal[1, 16, 32, 64, 128]
     rows: Count
     depth: Count
     dtype: Literal["float16", "bfloat16", "float32"]
     tile_rows: int
     tile_columns: int
     warps: int
+    stages: int
     us: Positive      # median
     gbs: NotNegative  # of weights alone; 0.0 is what rounding leaves of next to nothing
     share: NotNegative
@@ -66,41 +74,59 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     triton: Version
 
     def __post_init__(self) -> None:
-        for name, value, low, high in zip(("tile_rows", "tile_columns", "warps"), self.tile, SMALLEST, LARGEST,
-                                          strict=True):
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(f"{name} must be a power of two from {low} to {high}")
+        if self.tokens == 1 or self.tile != LIBRARY:
+            for name, value, low, high in zip(("tile_rows", "tile_columns", "warps", "stages"), self.tile, SMALLEST,
+                                              LARGEST, strict=True):
+                any_number = name == "stages"
+                if not low <= value <= high or not (any_number or value.bit_count() == 1):
+                    raise ValueError(f"{name} must be {'' if any_number else 'a power of two '}from {low} to {high}")
         if self.tile_rows * self.tile_columns > MOST_ELEMENTS:
             raise ValueError(f"tile_rows times tile_columns must be at most {MOST_ELEMENTS}")
         if not all(map(math.isfinite, (self.us, self.gbs, self.share))):
             raise ValueError("us, gbs and share must be finite")
-        rate = weight_bytes(*self.key) / self.us / 1e3
+        rate = weight_bytes(self.key) / self.us / 1e3
         if abs(self.gbs - rate) > max(0.1, RATES_AGREE * rate):
             raise ValueError(f"gbs must be {rate:.1f}: the bytes of the weights over us")
 
     @property
     def key(self) -> Key:
-        return self.op, self.rows, self.depth, self.dtype
+        return self.op, self.tokens, self.rows, self.depth, self.dtype
 
     @property
     def tile(self) -> Tile:
-        return Tile(self.tile_rows, self.tile_columns, self.warps)
+        return Tile(self.tile_rows, self.tile_columns, self.warps, self.stages)
 
 
 COLUMNS = Entry.__struct_fields__
 
 
-def weight_bytes(op: str, rows: int, depth: int, dtype: str) -> int:
+def weight_bytes(product: Key) -> int:
     """Bytes of weights that one product reads."""
+    op, _, rows, depth, dtype = product
     return rows * depth * ITEMSIZE[dtype] * (2 if op == "swiglu" else 1)
 
 
 @cache
-def tile(op: str, rows: int, depth: int, dtype: str, device: int) -> Tile:
-    """The tile of a product on CUDA device number `device`: of a tuned entry for exactly this product, else the
-    default of its op. Raises `ConfigError` if the table of that GPU is damaged."""
-    found = table(gpu(device)).get((op, rows, depth, dtype))
-    return found.tile if found else DEFAULTS[op]
+def tile(op: str, tokens: int, rows: int, depth: int, dtype: str, device: int | None) -> Tile:
+    """The tile of a product of `tokens` on CUDA device number `device`: of a tuned entry for exactly this product and
+    the least of `TOKENS` that holds them, else `default`'s. None stands for the CPU, which has no table. Raises
+    `ConfigError` if the table of that GPU is damaged."""
+    held = next((held for held in TOKENS if tokens <= held), None)
+    if held is None:
+        return LIBRARY
+    found = None if device is None else table(gpu(device)).get((op, held, rows, depth, dtype))
+    return found.tile if found else default(op, held, rows, dtype)
+
+
+def default(op: str, tokens: int, rows: int, dtype: str) -> Tile:
+    """The tile of a product without an entry; several tokens in float32 have half the columns, as shared memory holds
+    no more."""
+    if tokens == 1:
+        return DEFAULTS[op]
+    if tokens > FEW:
+        return LIBRARY
+    wide = rows > 4096 or op == "swiglu"
+    return Tile(64, 256 // ITEMSIZE[dtype], 4, 4 if wide and tokens == TOKENS[1] else 6)
 
 
 def gpu(device: int) -> str:

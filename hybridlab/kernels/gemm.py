@@ -1,5 +1,6 @@
 """Triton: the products of `gemv` for the rows of a prompt, where weights are still read once and reading them is most
-of the time. Above `FEW` rows cuBLAS multiplies, and what is left here is the norm before and the gate after.
+of the time. Where `hybridlab.tuning` says so, cuBLAS multiplies, and what is left here is the norm before and the gate
+after.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlab.kernels.gemv import _start
+from hybridlab import tuning
+from hybridlab.kernels.gemv import _launch, _start, _tuned
 from hybridlab.layout import joined
+from hybridlab.tuning import LIBRARY, Tile
 
-FEWEST = 16         # tokens of the smallest tile
-FEW = 64            # rows up to which these kernels were no slower than cuBLAS on an H200
-FEW_OF_THREE = 128  # the same where cuBLAS would multiply by three matrices one after the other
+FEWEST = tuning.TOKENS[1]  # tokens of the smallest tile
 BLOCK = 1024
 
 
@@ -98,14 +99,17 @@ def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constex
 
 
 def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c: Tensor | None, a_bias: Tensor | None,
-            b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor) -> None:
+            b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.project` of several tokens; biases are given for all matrices or for none."""
+    tile = tile or _tuned("project", len(x), out.shape[1], a)
     normed = _normed(x, gain, eps, pdl)
     whole, biases = joined((a, b, c)), joined((a_bias, b_bias, c_bias))
     if whole is not None and (a_bias is None or biases is not None):  # one product then serves all three
         a, b, c, a_bias, b_bias, c_bias = whole, None, None, biases, None, None
-    if len(x) <= (FEW if b is None else FEW_OF_THREE):
-        _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out)
+    elif tile == LIBRARY and b is not None and len(x) <= tuning.TOKENS[-1]:
+        tile = Tile(128, 128 // x.element_size(), 4, 6)  # cuBLAS would multiply by each, one after the other
+    if tile != LIBRARY:
+        _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)
         return
     base = 0
     for weight, bias in ((a, a_bias), (b, b_bias), (c, c_bias)):
@@ -115,24 +119,26 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
             base += len(weight)
 
 
-def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor) -> None:
+def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.residual` of several tokens."""
-    if len(x) <= FEW:
-        _multiply(x, (weight, None, None), (bias, None, None), True, pdl, out)
+    tile = tile or _tuned("residual", len(x), len(weight), weight)
+    if tile != LIBRARY:
+        _multiply(x, (weight, None, None), (bias, None, None), True, pdl, out, tile)
         return
     out.addmm_(x, weight.t())
     if bias is not None:
         out += bias
 
 
-def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor) -> None:
+def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor,
+           tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.swiglu` of several tokens."""
-    normed = _normed(x, gain, eps, pdl)
     rows, depth = gate.shape
-    if len(x) <= FEW:
-        block_tokens, block_rows, block, stages = _tile(x, 2 * rows)
-        _swiglu[(triton.cdiv(2 * rows, block_rows),)](normed, gate, up, out, len(x), rows, depth, pdl, block_tokens,
-                                                  block_rows, block, stages, **_launch(pdl))
+    tile = tile or _tuned("swiglu", len(x), rows, gate)
+    normed = _normed(x, gain, eps, pdl)
+    if tile != LIBRARY:
+        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](normed, gate, up, out, len(x), rows, depth, pdl, _held(x),
+                                                     tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
         return
     opened, given = normed @ gate.t(), normed @ up.t()
     _gate[(triton.cdiv(out.numel(), BLOCK),)](opened, given, out, out.numel(), BLOCK)
@@ -146,25 +152,14 @@ def _normed(x: Tensor, gain: Tensor, eps: float, pdl: bool) -> Tensor:
 
 
 def _multiply(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], added: bool, pdl: bool,
-              out: Tensor) -> None:
+              out: Tensor, tile: Tile) -> None:
     sizes = [0 if weight is None else len(weight) for weight in weights]
-    block_tokens, block_rows, block, stages = _tile(x, sum(sizes))
     given = [x if weight is None else weight for weight in weights] + [x if bias is None else bias for bias in biases]
-    _project[(sum(triton.cdiv(size, block_rows) for size in sizes),)](
+    _project[(sum(triton.cdiv(size, tile.rows) for size in sizes),)](
         x, *given, out, len(x), sum(sizes), *sizes, x.shape[1], biases[0] is not None, added, pdl,
-        block_tokens, block_rows, block, stages, **_launch(pdl))
+        _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
 
 
-def _tile(x: Tensor, rows: int) -> tuple[int, int, int, int]:
-    """Tokens, rows and columns of a tile, and chunks under way: the fastest of 45 on an H200, in half precision.
-
-    In float32 chunks are half as wide, as shared memory holds no more.
-    """
-    tokens = max(FEWEST, triton.next_power_of_2(len(x)))
-    if tokens > 64:
-        return tokens, 128, 128 // x.element_size(), 6
-    return tokens, 64, 256 // x.element_size(), 6 if rows <= 4096 or tokens > 16 else 4
-
-
-def _launch(pdl: bool) -> dict[str, object]:
-    return {"launch_pdl": True} if pdl else {}
+def _held(x: Tensor) -> int:
+    """Tokens of a tile, which a power of two must be."""
+    return max(FEWEST, triton.next_power_of_2(len(x)))

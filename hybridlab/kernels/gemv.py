@@ -110,7 +110,7 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
             b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.project` of one token in one launch; biases are given for all matrices or for none."""
     sizes = [0 if weight is None else weight.shape[0] for weight in (a, b, c)]
-    tile = tile or _tuned("project", sum(sizes), a)
+    tile = tile or _tuned("project", 1, sum(sizes), a)
     grid = (sum(triton.cdiv(size, tile.rows) for size in sizes),)
     biased = a_bias is not None
     biases = [bias if bias is not None else x for bias in (a_bias, b_bias, c_bias)]
@@ -121,7 +121,7 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
 def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.residual` of one token in one launch."""
     rows, depth = weight.shape
-    tile = tile or _tuned("residual", rows, weight)
+    tile = tile or _tuned("residual", 1, rows, weight)
     given = x if bias is None else bias
     _project[(triton.cdiv(rows, tile.rows),)](x, x, 0.0, weight, weight, weight, given, given, given, out, rows, 0, 0,
                                               depth, False, bias is not None, True, pdl, tile.rows, tile.columns,
@@ -132,17 +132,15 @@ def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: b
            tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.swiglu` of one token in one launch."""
     rows, depth = gate.shape
-    tile = tile or _tuned("swiglu", rows, gate)
+    tile = tile or _tuned("swiglu", 1, rows, gate)
     _swiglu[(triton.cdiv(rows, tile.rows),)](x, gain, eps, gate, up, out, rows, depth, pdl, tile.rows, tile.columns,
                                              **_launch(pdl, tile))
 
 
-def _tuned(op: str, rows: int, weight: Tensor) -> Tile:
-    if not weight.is_cuda:
-        return tuning.DEFAULTS[op]
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return tuning.tile(op, rows, weight.shape[1], dtype, weight.device.index)
+def _tuned(op: str, tokens: int, rows: int, weight: Tensor) -> Tile:
+    device = weight.device.index if weight.is_cuda else None
+    return tuning.tile(op, tokens, rows, weight.shape[1], str(weight.dtype).removeprefix("torch."), device)
 
 
-def _launch(pdl: bool, tile: Tile) -> dict[str, object]:
-    return {"num_warps": tile.warps, **({"launch_pdl": True} if pdl else {})}
+def _launch(pdl: bool, tile: Tile | None = None) -> dict[str, object]:
+    return {**({"num_warps": tile.warps} if tile else {}), **({"launch_pdl": True} if pdl else {})}

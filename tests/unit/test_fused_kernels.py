@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridlab import fusedops
 from hybridlab.kernels import attend_next, gemm, gemv
-from hybridlab.kernels.gemv import Tile
+from hybridlab.tuning import LIBRARY, Tile
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
 
@@ -129,6 +129,24 @@ def test_residual_of_several_tokens(biased: bool, tokens: int, dtype: torch.dtyp
     gemm.residual(*args, out)
     fusedops.residual(*wide(args), exact)
     require_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [LIBRARY, Tile(16, 16, 1, 2), Tile(64, 32, 4, 3)], ids=str)
+def test_several_tokens_with_a_given_tile(tile: Tile, dtype: torch.dtype) -> None:
+    """A table's choice that changes the result: the last chunk or the last rows of a matrix left out, or library and
+    kernel of different minds about what `residual` adds to."""
+    torch.manual_seed(0)
+    x, gain, start = noise(16, 100, dtype=dtype), noise(100, dtype=dtype), noise(16, 70, dtype=dtype)
+    first, second = (noise(70, 100, scale=0.1, dtype=dtype) for _ in range(2))
+    for kernel, reference, args in (
+            (gemm.project, fusedops.project, (x, gain, 1e-5, first, None, None, None, None, None, False)),
+            (gemm.swiglu, fusedops.swiglu, (x, gain, 1e-5, first, second, False)),
+            (gemm.residual, fusedops.residual, (x, first, gain[:70], False))):
+        out, exact = start.clone(), start.double()
+        kernel(*args, out, tile=tile)
+        reference(*wide(args), exact)
+        require_close(out, exact, dtype)
 
 
 PROMPTS = [  # tokens, heads, kv_heads, dim, span, window, normed
