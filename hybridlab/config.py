@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
@@ -36,6 +37,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 
 Positive = Annotated[int, Meta(ge=1)]
+Steps = Annotated[int, Meta(ge=1, le=64)]
 Probability = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
@@ -112,7 +114,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fallback: Fallback = "jit"                         # what serves a step whose graph is not there
     process: Literal["here"] = "here"
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
-    steps: Annotated[int, Meta(ge=1, le=64)] = 1       # decode steps of one graph launch, under policy "full"
+    steps: Steps = 1                                   # decode steps of one graph launch, under policy "full"
     repeat: Repeat = "auto"                            # how one graph holds them: side by side, or one that the device
                                                        # runs again until a stop token (auto where it can)
 
@@ -126,6 +128,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     kernels: Kernels | Annotated[tuple[Literal["torch", "fused"], ...], Meta(min_length=1)] = "torch"  # of arms that
                                                         # compile; several are compared
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0    # steps launched before the token of an earlier one is read
+    steps: Steps | Annotated[tuple[Steps, ...], Meta(min_length=1)] = 1  # decode steps of one graph launch, where
+                                                        # policy "full" replays; several are compared
     device: str = "auto"
     dtype: str | None = None
     lengths: Annotated[tuple[Positive, ...], Meta(min_length=1)] = PAPER_LENGTHS  # of prompts, in tokens with BOS
@@ -194,23 +198,28 @@ class Cell(NamedTuple):
     arm: Arm
     policy: Policy
     kernels: Kernels
+    steps: int
 
 
 def cells(config: RunConfig) -> dict[str, Cell]:
-    """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, and one that
-    compiles with each choice of kernels.
+    """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, one that compiles
+    with each choice of kernels, and one that replays whole steps with each number of them.
 
-    The name is the arm's, followed by the policy's where the run compares several, and by "fused" where only some are.
+    The name is the arm's, followed by the policy's where the run compares several, by "fused" where only some are, and
+    by the number of steps where some launch several.
     """
     policies = [policy(p) for p in (config.policy if isinstance(config.policy, tuple) else (config.policy,))]
     choices = config.kernels if isinstance(config.kernels, tuple) else (config.kernels,)
+    counts = config.steps if isinstance(config.steps, tuple) else (config.steps,)
     found: dict[str, Cell] = {}
     for arm in config.arms:
         for p in policies if arm in REPLAYING else policies[:1]:
-            for kernels in choices if arm in COMPILING else ("auto",):
+            several = arm in REPLAYING and p == POLICIES["full"]
+            for kernels, steps in product(choices if arm in COMPILING else ("auto",), counts if several else (1,)):
                 words = [arm, policy_name(p) if len(policies) > 1 and arm in REPLAYING else "",
-                         kernels if len(choices) > 1 and kernels == "fused" else ""]
-                found[" ".join(filter(None, words))] = Cell(arm, p, kernels)
+                         kernels if len(choices) > 1 and kernels == "fused" else "",
+                         f"{steps} steps" if len(counts) > 1 and steps > 1 else ""]
+                found[" ".join(filter(None, words))] = Cell(arm, p, kernels, steps)
     return found
 
 
@@ -264,6 +273,17 @@ def require_possible(config: RuntimeConfig) -> None:
                           f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
     if config.steps == 1 and config.repeat != "auto":
         raise ConfigError(f"repeat is {config.repeat!r}", "there is nothing to repeat", "give steps as well")
+
+
+def require_steps(config: RunConfig, on_cpu: bool = False) -> None:
+    """Raise `ConfigError` if `config` times several steps a launch where no cell makes them, or where their tokens are
+    there only when the launch has ended: on a CPU most of the gaps between them would be nothing."""
+    if config.steps != 1 and all(cell.steps == 1 for cell in cells(config).values()):
+        raise ConfigError(f"steps is {config.steps}", "nothing here replays whole steps, so none launches several",
+                          f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
+    if on_cpu and any(cell.steps > 1 for cell in cells(config).values()):
+        raise ConfigError(f"steps is {config.steps}", "on a CPU the tokens of one launch arrive together, so that gaps "
+                          "between them say nothing", "time this on a GPU, or use steps=1")
 
 
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:

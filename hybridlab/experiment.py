@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from hybridlab import environment, measure, models, names, records, stats
-from hybridlab.config import RunConfig, as_dict, build, cells
+from hybridlab.config import RunConfig, as_dict, build, cells, require_steps
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.runtime import Runtime
 
@@ -133,7 +133,9 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
-        with threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        require_steps(config, on_cpu)
+        with threads(config.threads, on_cpu):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
                 extra = _measure(model, prompts, config, target, report)
@@ -153,7 +155,7 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
             report(f"building {name}", done, len(wanted))
             runtimes[name] = stack.enter_context(Runtime(
                 model, arm=cell.arm, policy=cell.policy, kernels=cell.kernels, device=config.device, capture="sync",
-                max_len=_cache_rows(model, config), run_ahead=config.run_ahead))
+                max_len=_cache_rows(model, config), run_ahead=config.run_ahead, steps=cell.steps))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
@@ -177,10 +179,11 @@ def _cache_rows(model: Any, config: RunConfig) -> int:
 
 def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
-    for name in ("arms", "lengths", "policy", "kernels"):
+    for name in ("arms", "lengths", "policy", "kernels", "steps"):
         values = getattr(config, name)
         if isinstance(values, tuple) and len(set(values)) != len(values):
             raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
+    require_steps(config)
     return config
 
 

@@ -122,7 +122,9 @@ def test_a_run_is_recorded_and_told_in_words(tmp_path):
 
 @pytest.mark.parametrize(("change", "error"), [
     ({"lenghts": [4]}, ConfigError), ({"arms": ["hybrd"]}, ConfigError), ({"lengths": [4, 4]}, ConfigError),
-    ({"arms": ["eager", "eager"]}, ConfigError), ({"lengths": [60]}, PromptError),
+    ({"arms": ["eager", "eager"]}, ConfigError), ({"steps": [1, 1], "policy": "full"}, ConfigError),
+    ({"steps": 8}, ConfigError), ({"steps": [1, 65], "policy": "full"}, ConfigError),
+    ({"steps": [1, 8], "policy": "full"}, ConfigError), ({"lengths": [60]}, PromptError),
 ])
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, change, error):
     """An empty run directory for each typo would bury the real runs."""

@@ -107,6 +107,17 @@ def test_runs_compare_kernels_where_they_are_compiled() -> None:
     assert list(cells(build(RunConfig, {"kernels": "fused"}))) == ["eager", "graph", "jit", "hybrid"]
 
 
+def test_runs_compare_numbers_of_steps_where_whole_steps_are_replayed() -> None:
+    """A cell that says it launches several steps and launches one; two cells of one name."""
+    config = build(RunConfig, {"policy": ["whole", "full"], "steps": [1, 8], "arms": ["jit", "graph", "hybrid"]})
+    assert build(RunConfig, as_dict(config)) == config
+    assert {name: cell.steps for name, cell in cells(config).items()} == {
+        "jit": 1, "graph whole": 1, "graph full": 1, "graph full 8 steps": 8, "hybrid whole": 1, "hybrid full": 1,
+        "hybrid full 8 steps": 8}
+    assert {name: cell.steps for name, cell in cells(build(RunConfig, {"policy": "full", "steps": 4})).items()} == {
+        "eager": 1, "graph": 4, "jit": 1, "hybrid": 4}
+
+
 def test_policies_are_data_however_they_are_written() -> None:
     """The same policy from a list that cannot be hashed or compared, or a text taken for a list of letters."""
     written = Policy(outside=["prepare", "sample"])
