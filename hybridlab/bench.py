@@ -14,7 +14,7 @@ from msgspec import Meta
 from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from hybridlab import costs, kernels, ops
+from hybridlab import clocks, costs, kernels, ops
 from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
@@ -83,18 +83,14 @@ class Bench:
         taken: list[list[float]] = [[] for _ in functions]
         for _ in range(turns):
             for function, times in zip(functions, taken, strict=True):
-                self._synchronize()
+                clocks.finish(self.device)
                 start = time.perf_counter()
                 for _ in range(calls):
                     function()
                 if wait:
-                    self._synchronize()
+                    clocks.finish(self.device)
                 times.append((time.perf_counter() - start) / calls)
         return [min(times[1:]) for times in taken]
-
-    def _synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
 
     def ones(self, *shape: int) -> Tensor:
         """Memory that was written: of zeros a CPU would hold, and read, one page."""

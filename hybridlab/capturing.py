@@ -5,7 +5,6 @@ Both parts yield the rows of `schemas.CACHE` without run_id, a finished round at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import models
+from hybridlab import clocks, models
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import CacheConfig
 from hybridlab.counters import Counters
@@ -73,7 +72,7 @@ def _one(runtime: Runtime, cache: GraphCache, kind: str, rows: int, alive: list[
     with quiet_collector(), torch.no_grad():
         launch()
         before = cache.counters.graph_bytes
-        yield {"metric": "rehearse", "ms": _ms(launch, device), "graphs": len(cache)}
+        yield {"metric": "rehearse", "ms": clocks.ms(launch, device), "graphs": len(cache)}
         try:
             graph, ms = cache.record(job)
         except CaptureFailed as error:
@@ -86,13 +85,13 @@ def _one(runtime: Runtime, cache: GraphCache, kind: str, rows: int, alive: list[
         with cache.lease(job.key) as replay:
             expected = executor.logits.clone()
             executor.logits.zero_()
-            yield {"metric": "first_replay", "path": "graph", "ms": _ms(replay, device), **held}
+            yield {"metric": "first_replay", "path": "graph", "ms": clocks.ms(replay, device), **held}
             if kind != KEPT and not torch.equal(executor.logits, expected):
                 raise MeasureError(f"a replay of {rows} rows gives other logits than its launches", f"pool: {kind}",
                                    "do not trust captures on this machine, and report this")
             for index in range(REPLAYS):
-                yield {"metric": "replay", "index": index, "path": "graph", "ms": _ms(replay, device), **held}
-                yield {"metric": "jit", "index": index, "path": path, "ms": _ms(launch, device), **held}
+                yield {"metric": "replay", "index": index, "path": "graph", "ms": clocks.ms(replay, device), **held}
+                yield {"metric": "jit", "index": index, "path": path, "ms": clocks.ms(launch, device), **held}
 
 
 def _lowered(executor: LoweredExecutor, rows: int) -> tuple[Callable[[], Any], Job]:
@@ -109,19 +108,6 @@ def _stock(runtime: Runtime, rows: int, alive: list[Any]) -> tuple[Callable[[], 
         return runtime.model(input_ids=ids, use_cache=True)
 
     return launch, Job((KEPT, rows), lambda: alive.append(launch()), [ids])
-
-
-def _ms(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter_ns()
-    call()
-    _wait(device)
-    return (time.perf_counter_ns() - start) / 1e6
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hybridlab import experiment, fused, kernelanswers, kerneltables, models, opbench
+from hybridlab import clocks, experiment, fused, kernelanswers, kerneltables, models, opbench
 from hybridlab.config import BenchConfig, Sampling
 from hybridlab.opbench import Case, Sizes
 from hybridlab.records import Run
@@ -182,10 +181,10 @@ def _launches(function: Callable[[], None], device: torch.device) -> int:
     """What one call starts on the device, copies included; on the CPU, the calls of its tape."""
     if device.type == "cpu":
         return len(Tape(function))
-    _wait(device)
+    clocks.finish(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         function()
-        _wait(device)
+        clocks.finish(device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
 
@@ -207,7 +206,7 @@ def milliseconds(order: Sequence[Timed], device: torch.device) -> list[float]:
     for one in order:
         one.prepare()
         if one.host or device.type == "cpu":
-            ms = _by_host(one.replay, device)
+            ms = clocks.ms(one.replay, device)
             found.append(partial(float, ms))
             idle = True
             continue
@@ -220,18 +219,5 @@ def milliseconds(order: Sequence[Timed], device: torch.device) -> list[float]:
         end.record()
         found.append(partial(start.elapsed_time, end))
         idle = False
-    _wait(device)
+    clocks.finish(device)
     return [elapsed() for elapsed in found]
-
-
-def _by_host(replay: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter_ns()
-    replay()
-    _wait(device)
-    return (time.perf_counter_ns() - start) / 1e6
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,27 @@ BLANK = {"run_id": "r1", "part": "stream", "round": 0, "setting": "", "request":
          "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 0, "graph_bytes": 0,
          "capturing": False}
 MIB = 1 << 20
+HOSTILE = '<img src=x onerror=alert(1)></script><script>alert(2)</script> $x$ "\''
+
+
+@pytest.fixture
+def hostile() -> str:
+    """A name that would be markup, script and formula, if it were let."""
+    return HOSTILE
+
+
+@pytest.fixture
+def require_text() -> Callable[[Path], None]:
+    """Asserts that nothing of `hostile` has become markup in a page."""
+    def check(page: Path) -> None:
+        found: list[str] = []
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attrs: found.append(tag)  # type: ignore[method-assign]
+        parser.feed(page.read_text())
+        assert "img" not in found
+        assert "<img" not in page.read_text()
+
+    return check
 
 
 class _Passes:

@@ -1,6 +1,5 @@
 """Figures of timed kernels: what is drawn is what rows say, a variant that was not timed is not drawn."""
 
-from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
@@ -9,7 +8,6 @@ from hybridlab import kernelviews, plots, static
 from hybridlab.errors import StatisticsError
 
 ALL = [draw for _, draw in kernelviews.FIGURES.values()]
-HOSTILE = '<img src=x onerror=alert(1)></script><script>alert(2)</script> $x$ "\''
 
 
 def bars(figure):
@@ -116,15 +114,10 @@ def test_the_switch_shows_each_context_alone(draw, kernel_rows):
 
 
 @pytest.mark.parametrize("draw", ALL)
-def test_names_from_outside_stay_text(draw, kernel_rows, tmp_path):
+def test_names_from_outside_stay_text(draw, kernel_rows, tmp_path, hostile, require_text):
     """The name of a model that comes from a config must not become markup in an exported page."""
-    (page,) = plots.write(draw(kernel_rows(), HOSTILE), tmp_path / "figure", ["html"])
-    found = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attrs: found.append(tag)
-    parser.feed(page.read_text())
-    assert "img" not in found
-    assert "<img" not in page.read_text()
+    (page,) = plots.write(draw(kernel_rows(), hostile), tmp_path / "figure", ["html"])
+    require_text(page)
 
 
 @pytest.mark.parametrize(("draw", "metric"), [(draw, metric) for metric, draw in kernelviews.FIGURES.values()])

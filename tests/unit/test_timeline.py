@@ -1,7 +1,6 @@
 """Figures of cache runs: what is drawn is what rows say, names stay text, the switch shows one setting at a time."""
 
 import math
-from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
@@ -10,7 +9,6 @@ from hybridlab import panels, plots, static, tallies, timeline
 from hybridlab.errors import ConfigError, StatisticsError
 
 ALL = (timeline.stream, timeline.over_time, timeline.first_tokens, timeline.costs, timeline.disturbed)
-HOSTILE = '<img src=x onerror=alert(1)></script><script>alert(2)</script> $x$ "\''
 
 
 @pytest.mark.parametrize("draw", ALL)
@@ -66,18 +64,13 @@ def test_the_switch_shows_each_setting_alone(cache_rows):
 
 
 @pytest.mark.parametrize("draw", ALL)
-def test_names_from_outside_stay_text(draw, cache_rows, tmp_path):
+def test_names_from_outside_stay_text(draw, cache_rows, tmp_path, hostile, require_text):
     """A setting or a reason that comes from a config or a driver must not become markup in an exported page."""
     rows = cache_rows(requests=12, gaps=40)
-    rows["setting"] = rows["setting"].where(rows["setting"] == "quiet", rows["setting"] + HOSTILE)
-    rows["reason"] = HOSTILE
-    (page,) = plots.write(draw(rows, HOSTILE), tmp_path / "figure", ["html"])
-    found = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attrs: found.append(tag)
-    parser.feed(page.read_text())
-    assert "img" not in found
-    assert "<img" not in page.read_text()
+    rows["setting"] = rows["setting"].where(rows["setting"] == "quiet", rows["setting"] + hostile)
+    rows["reason"] = hostile
+    (page,) = plots.write(draw(rows, hostile), tmp_path / "figure", ["html"])
+    require_text(page)
 
 
 def test_a_way_whose_captures_failed_says_so_and_each_way_is_listed_once(cache_rows):
