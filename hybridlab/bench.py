@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -15,8 +15,7 @@ from torch import Tensor, fx
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from hybridlab import clocks, costs, kernels, ops
-from hybridlab.cache import GraphCache, Job
-from hybridlab.counters import Counters
+from hybridlab.cache import replaying
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.readback import Readback
 from hybridlab.tracing import trace_lowered, trace_stock
@@ -208,17 +207,12 @@ class Bench:
         logits = torch.zeros(model.config.vocab_size, device=self.device)
         return Program(lower(model, space), kv, logits, inputs, length)
 
-    @contextmanager
-    def _captured(self, function: Callable[[], Any], outside: str = "") -> Iterator[Callable[[], None]]:
+    def _captured(self, function: Callable[[], Any], outside: str = "") -> AbstractContextManager[Callable[[], None]]:
         """The replay of `function`, through a graph cache; operations of the name `outside` are between its graphs."""
         def cut() -> AbstractContextManager[Callable[[Any], bool]]:
             return nullcontext(lambda called: called._schema.name.endswith(f"::{outside}"))
 
-        cache = GraphCache(self.device, Counters())
-        cache.capture(Job("bench", function, [], cut=cut if outside else None))
-        with cache.lease("bench") as replay:
-            yield replay
-        cache.clear()
+        return replaying(function, self.device, cut if outside else None)
 
 
 class _Counted(NamedTuple):

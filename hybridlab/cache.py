@@ -213,6 +213,19 @@ class GraphCache:
         self.counters.graph_bytes = own + self._pool_bytes
 
 
+@contextmanager
+def replaying(function: Callable[[], None], device: torch.device,
+              cut: CutOpen | None = None) -> Iterator[Callable[[], None]]:
+    """The replay of `function`, captured by itself; afterwards its memory is free. Raises `CaptureFailed`."""
+    cache = GraphCache(device, Counters())
+    cache.capture(Job("alone", function, [], cut=cut))
+    try:
+        with cache.lease("alone") as replay:
+            yield replay
+    finally:
+        cache.clear()
+
+
 def _failure(key: Hashable, cause: str) -> CaptureFailed:
     return CaptureFailed(f"graph {key} could not be captured", cause,
                          "its steps run without a graph; fallback='raise' stops instead")

@@ -248,7 +248,8 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     if "buckets" in fields and isinstance(values.get("buckets"), str) and values["buckets"] != "exact":
         raise ConfigError(f"buckets is {values['buckets']!r}", "that is neither a list nor 'exact'",
                           "give ascending prompt lengths, 'exact' for each length by itself, or nothing for a ladder")
-    for arm in values.get("arms", ()) if "arms" in fields else ():
+    arms = values.get("arms", ()) if "arms" in fields else ()
+    for arm in [arms] if isinstance(arms, str) else arms:
         choose("arm", arm, ARMS)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -275,7 +276,7 @@ def require_possible(config: RuntimeConfig) -> None:
         raise ConfigError(f"repeat is {config.repeat!r}", "there is nothing to repeat", "give steps as well")
 
 
-def require_steps(config: RunConfig, on_cpu: bool = False) -> None:
+def require_steps(config: RunConfig, on_cpu: bool) -> None:
     """Raise `ConfigError` if `config` times several steps a launch where no cell makes them, or where their tokens are
     there only when the launch has ended: on a CPU most of the gaps between them would be nothing."""
     if config.steps != 1 and all(cell.steps == 1 for cell in cells(config).values()):

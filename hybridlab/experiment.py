@@ -133,9 +133,7 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        require_steps(config, on_cpu)
-        with threads(config.threads, on_cpu):
+        with threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
                 extra = _measure(model, prompts, config, target, report)
@@ -183,7 +181,7 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
         values = getattr(config, name)
         if isinstance(values, tuple) and len(set(values)) != len(values):
             raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
-    require_steps(config)
+    require_steps(config, on_cpu=models.resolve_device(config.device).type == "cpu")
     return config
 
 

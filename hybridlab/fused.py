@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hybridlab.errors import ConfigError
 from hybridlab.kernels.attend import splits as splits_of
+from hybridlab.layout import joined
 from hybridlab.lowering import Inputs, Program, StaticKV
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,7 +39,14 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-class _Layer:
+def require(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if the steps of `model` cannot be fused."""
+    if reason := refusal(model):
+        raise ConfigError(f"the steps of {model.name_or_path} cannot be fused", reason,
+                          f"give a model of the families {', '.join(FAMILIES)}")
+
+
+class Layer:
     """The weights of one layer, and what is fixed about its attention."""
 
     def __init__(self, layer: Any, config: Any) -> None:
@@ -45,6 +54,9 @@ class _Layer:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.qkv = [p.weight for p in projections]
         self.biases = [p.bias for p in projections]
+        whole, bias = joined(tuple(self.qkv)), joined(tuple(self.biases))
+        if whole is not None and (bias is not None or all(one is None for one in self.biases)):
+            self.qkv, self.biases = [whole, None, None], [bias, None, None]  # one product serves all three
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
         self.q_gain, self.k_gain = (getattr(getattr(attention, name, None), "weight", None)
                                     for name in ("q_norm", "k_norm"))
@@ -74,7 +86,7 @@ class FusedStep(Program):
                  span: int, pdl: bool = True) -> None:
         super().__init__(module, kv, logits, inputs, span)
         self.ops, body, config = getattr(torch.ops, namespace), module.model, module.config
-        self.layers = [_Layer(layer, config) for layer in body.layers]
+        self.layers = [Layer(layer, config) for layer in body.layers]
         self.table, self.norm, self.head = body.embed_tokens.weight, body.norm, module.lm_head
         self.pdl = pdl and logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= PDL_SINCE
         self.caches = [(k[:, :, :span], v[:, :, :span]) for k, v in kv.layers]
@@ -106,7 +118,7 @@ class FusedStep(Program):
         self.ops.project.default(hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
                                  None, None, self.pdl, self.logits)
 
-    def _attention(self, layer: _Layer, cache: tuple[Tensor, Tensor], work: _Work) -> None:
+    def _attention(self, layer: Layer, cache: tuple[Tensor, Tensor], work: _Work) -> None:
         norm = layer.norms[0]
         self.ops.project.default(work.hidden, norm.weight, norm.variance_epsilon, *layer.qkv, *layer.biases, self.pdl,
                                  work.qkv)
@@ -115,7 +127,7 @@ class FusedStep(Program):
                                      self.partial, self.arrived, work.mixed)
         self.ops.residual.default(work.mixed, layer.output.weight, layer.output.bias, self.pdl, work.hidden)
 
-    def _mlp(self, layer: _Layer, work: _Work) -> None:
+    def _mlp(self, layer: Layer, work: _Work) -> None:
         norm = layer.norms[1]
         self.ops.swiglu.default(work.hidden, norm.weight, norm.variance_epsilon, layer.gate, layer.up, self.pdl,
                                 work.opened)

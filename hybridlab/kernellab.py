@@ -152,8 +152,9 @@ class Lab:
 def _step(model: Any, name: str, checked: Plan) -> Iterator[Callable[[dict[str, Any], int], Timed]]:
     """What makes the timed step of a row and a context."""
     graph, capacity = not name.endswith("no graph"), checked.capacity
+    early = name != "fused" and "kernel, pdl" in checked.variants  # also without a graph: it alone is to differ
     with Runtime(model, arm="hybrid" if graph else "jit", policy="full", kernels=name.split(",")[0], capture="sync",
-                 pdl=name != "fused", max_len=capacity, buckets=[min(64, capacity)]) as runtime, ExitStack() as stack:
+                 pdl=early, max_len=capacity, buckets=[min(64, capacity)]) as runtime, ExitStack() as stack:
         executor: Any = runtime._executor
         executor.start(Sampling())
         for tensor in executor.kv.tensors:
@@ -192,7 +193,7 @@ def _step_costs(model: Any, context: int) -> dict[str, int]:
     """rows, depth, bytes (weights but the embedding, and the rows of the cache that are read) and FLOPs."""
     head, table = model.lm_head.weight, model.get_input_embeddings().weight
     weights = [p for p in model.parameters() if p is not table] + [head] * (head is table)  # tied: read as the head
-    sizes, layers = opbench.Sizes.of(model), [fused._Layer(layer, model.config) for layer in model.model.layers]
+    sizes, layers = opbench.Sizes.of(model), [fused.Layer(layer, model.config) for layer in model.model.layers]
     rows = sum(opbench.seen(context, layer.window) for layer in layers)
     cached = 2 * rows * sizes.kv_heads * sizes.dim * head.element_size()
     return {"rows": head.shape[0], "depth": head.shape[1], "bytes": sum(w.nbytes for w in weights) + cached,

@@ -108,8 +108,10 @@ class LoweredExecutor:
     def decode(self, wanted: int) -> list[Launched]:
         """One step; or as many as one graph holds, if the graph is there. One that loops can do with fewer."""
         steps = min(self.config.steps, wanted) if self.looping else self.config.steps
+        if not 1 < steps <= wanted or self.lookup is None:
+            return [self._launch("decode", 1)]
         key = self._key("decode", 1, self.config.steps)
-        if not 1 < steps <= wanted or self.lookup is None or not self.lookup.several(key):
+        if not self.lookup.several(key):
             return [self._launch("decode", 1)]
         places = self.ring.expect(steps)
         with self.lookup.cache.lease(key) as replay:

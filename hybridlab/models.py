@@ -98,7 +98,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", text):
         raise ConfigError(f"device {text!r} is unknown", "it must be auto, cpu, cuda or cuda:N",
-                          nearest(text, ("auto", "cpu", "cuda")))
+                          "write cuda for a GPU" if "gpu" in text.lower() else nearest(text, ("auto", "cpu", "cuda")))
     found = torch.device(text)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {text!r} is not there", f"PyTorch {torch.__version__} sees "

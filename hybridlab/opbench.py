@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from hybridlab import fused, fusedops, kernels, ops, tiles
-from hybridlab.cache import GraphCache, Job
-from hybridlab.counters import Counters
-from hybridlab.errors import ConfigError, MeasureError
+from hybridlab.cache import replaying
+from hybridlab.errors import MeasureError
 from hybridlab.kernels.attend import splits
 from hybridlab.lowering import JIT
 from hybridlab.sampling import Controls
@@ -60,12 +59,11 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, bare: Any) -> Sizes:
         """Of a model or its skeleton. Raises `ConfigError` if its step cannot be fused."""
-        if reason := fused.refusal(bare):
-            raise ConfigError(f"the decode step of {bare.name_or_path} cannot be fused", reason,
-                              f"give a model of the families {', '.join(fused.FAMILIES)}")
-        layer, config = fused._Layer(bare.model.layers[0], bare.config), bare.config
-        dim = bare.model.layers[0].self_attn.head_dim
-        (queries, hidden), keys = layer.qkv[0].shape, layer.qkv[1].shape[0]
+        fused.require(bare)
+        layer, config = fused.Layer(bare.model.layers[0], bare.config), bare.config
+        attention = bare.model.layers[0].self_attn
+        dim, keys = attention.head_dim, len(attention.k_proj.weight)
+        queries, hidden = attention.q_proj.weight.shape
         return cls(hidden, layer.gate.shape[0], queries // dim, keys // dim, dim, config.vocab_size, layer.window,
                    layer.q_gain is not None, layer.scale)
 
@@ -152,7 +150,7 @@ class _Products(Work):
         normed = _rms_norm(x, self.weights.gain)
         if self.kind == "swiglu":
             return silu(linear(normed, matrices[0])) * linear(normed, matrices[1])
-        return [linear(normed, matrix) for matrix in matrices]
+        return [linear(normed, matrix) for matrix in matrices[0].split(self.weights.product.parts)]
 
     def exact(self) -> Tensor:
         return self.weights.exact
@@ -249,9 +247,11 @@ def variants(case: Case, wanted: Sequence[str]) -> list[str]:
 
 def require_right(done: Work, variant: str) -> None:
     """Raise `MeasureError` if a variant computes something else: its time would be of other work."""
-    exact = done.exact().clone()
-    off = float((done.result(variant).double() - exact).abs().max() / exact.abs().max())
-    if not off < tiles.CLOSE:  # NaN is not below either
+    exact, made = done.exact(), done.result(variant)
+    if not made.is_floating_point():  # a token, of which none is nearly right
+        if not torch.equal(made.double(), exact):
+            raise MeasureError("wrong result", f"token {made.tolist()}, not {exact.tolist()}", "report this")
+    elif not (off := tiles.off_by(made, exact)) < tiles.CLOSE:  # NaN is not below either
         raise MeasureError("wrong result", f"{off:.1%} of the largest value off", "report this")
 
 
@@ -267,14 +267,9 @@ def reading(device: torch.device) -> tuple[Callable[[], Any], int]:
     return partial(torch.sum, values, dim=0, out=torch.zeros((), device=device)), len(values)
 
 
-@contextmanager
-def captured(calls: Sequence[Callable[[], Any]], device: torch.device) -> Iterator[Callable[[], None]]:
+def captured(calls: Sequence[Callable[[], Any]], device: torch.device) -> AbstractContextManager[Callable[[], None]]:
     """The replay of all calls as one graph. Raises `CaptureFailed`."""
-    cache = GraphCache(device, Counters())
-    cache.capture(Job("opbench", partial(_each, calls), []))
-    with cache.lease("opbench") as replay:
-        yield replay
-    cache.clear()
+    return replaying(partial(_each, calls), device)
 
 
 def _each(calls: Sequence[Callable[[], Any]]) -> None:

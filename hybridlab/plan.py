@@ -104,6 +104,8 @@ class Plan:
             if not -len(self.ops) <= op < len(self.ops):
                 raise PlanError(f"there is no operation {op}", f"the plan has {len(self.ops)}", "see plan.table()")
             return self.ops[op]
+        if not isinstance(op, str):
+            raise PlanError(f"{op!r} is no operation", f"the plan of {self.model}", "give a name, or an index from 0")
         found = next((o for o in self.ops if o.name == op), None)
         if found is None:
             raise PlanError(f"there is no operation {op!r}", f"the plan of {self.model}",

@@ -98,7 +98,8 @@ def table(model: Any, machine: Machine, arms: Iterable[str] = ARMS, policies: It
     Columns: arm, policy, launches, predicted_ms, host_ms, device_ms, floor_ms. Arms eager and jit, in which there are
     no graphs, have one row each, with policy "".
     """
-    policies, rows = tuple(policies), []
+    arms = (arms,) if isinstance(arms, str) else arms
+    policies, rows = (policies,) if isinstance(policies, str | Policy) else tuple(policies), []
     for arm in arms:
         replays = arm in REPLAYING
         for wanted in policies if replays else [None] if arm == "eager" else ["whole"]:

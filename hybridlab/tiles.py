@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridlab import fusedops, tuning
+from hybridlab import fusedops, kernels, tuning
 from hybridlab.errors import MeasureError
-from hybridlab.kernels import gemm, gemv
 from hybridlab.tuning import LIBRARY, Tile
 
 OF_ONE = tuple(Tile(*sizes) for sizes in (
@@ -24,9 +23,6 @@ OF_ONE = tuple(Tile(*sizes) for sizes in (
 OF_SEVERAL = (LIBRARY, *(Tile(*sizes) for sizes in (  # a matrix unit takes 64 rows at once
     (32, 128, 4, 4), (32, 256, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4),
     (64, 256, 4, 3), (128, 64, 4, 4), (128, 64, 4, 6), (128, 64, 8, 6), (128, 128, 8, 3))))
-KERNELS: dict[str, Callable[..., None]] = {"project": gemv.project, "swiglu": gemv.swiglu, "residual": gemv.residual}
-KERNELS_OF_SEVERAL: dict[str, Callable[..., None]] = {
-    "project": gemm.project, "swiglu": gemm.swiglu, "residual": gemm.residual}
 LAUNCHES, TIMINGS, WARM = 32, 7, 2  # launches of a graph, at least; its timed replays; replays before them
 BEYOND_CACHE = 4   # times the L2 cache that all copies of the weights hold
 MOST_COPIES = 256  # where a matrix is so small that a graph of more would take longer to build than to judge
@@ -86,8 +82,8 @@ class Weights:
             return torch.empty(shape, dtype=dtype, device=device).normal_(std=std, generator=generator)
 
         depth, of = product.depth, (product.tokens,) if product.tokens > 1 else ()
-        self.copies = [noise(sum(product.parts), depth, std=depth**-0.5).split(product.parts)  # as `layout` lays them
-                       for _ in range(copies)]
+        together = (sum(product.parts),) if product.op == "project" else product.parts  # as `layout` lays them
+        self.copies = [[noise(rows, depth, std=depth**-0.5) for rows in together] for _ in range(copies)]
         self.x, self.gain = noise(*of, depth), noise(depth)
         self.out = torch.zeros(*of, product.rows, dtype=dtype, device=device)
         fusedops.REFERENCE[product.op](*self.arguments(self.copies[0]))
@@ -104,7 +100,7 @@ class Weights:
     def launches(self, tile: Tile) -> list[partial[None]]:
         """Of every copy equally often."""
         rounds = math.ceil(LAUNCHES / len(self.copies))
-        kernel = (KERNELS if self.product.tokens == 1 else KERNELS_OF_SEVERAL)[self.product.op]
+        kernel = (kernels.TRITON if self.product.tokens == 1 else kernels.OF_SEVERAL)[self.product.op]
         return [partial(kernel, *self.arguments(matrices), tile=tile) for matrices in self.copies] * rounds
 
     def problem(self, tile: Tile) -> str:
@@ -112,10 +108,15 @@ class Weights:
         self.out.zero_()  # what `residual` adds to
         try:
             self.launches(tile)[0]()
-            off = float((self.out.double() - self.exact).abs().max() / self.exact.abs().max())
+            off = off_by(self.out, self.exact)
         except Exception as error:  # Triton, LLVM, ptxas and the driver each have their own
             return _reason(error)
         return "" if off < CLOSE else "wrong result"  # NaN is not below either
+
+
+def off_by(made: Tensor, exact: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((made.double() - exact).abs().max() / exact.abs().max())
 
 
 def _reason(error: Exception) -> str:

@@ -28,9 +28,7 @@ def products(model: Any) -> list[Product]:
     """Every different product of the fused steps of `model` (anything `hybridlab.load` takes), from its config alone:
     those of decode first, then of prompts by the tokens of a tile. Raises `ConfigError` if a step cannot be fused."""
     bare = models.skeleton(model)
-    if reason := fused.refusal(bare):
-        raise ConfigError(f"the steps of {bare.name_or_path} cannot be fused", reason,
-                          f"give a model of the families {', '.join(fused.FAMILIES)}")
+    fused.require(bare)
     found: list[Product] = []
     for layer in bare.model.layers:
         attention, mlp = layer.self_attn, layer.mlp

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab.kernels import attend
-from hybridlab.kernels.gemv import _start
+from hybridlab.kernels.gemv import _launch, _start
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -188,7 +188,7 @@ def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_
     """
     kv_heads, capacity, dim = k_cache.shape[1:]
     heads, splits = partial.shape[:2]
-    normed, early = q_gain is not None, {"launch_pdl": True} if pdl else {}
+    normed, early = q_gain is not None, _launch(pdl)
     given = (qkv, cos, sin, qkv if q_gain is None else q_gain, qkv if k_gain is None else k_gain, eps, k_cache,
              v_cache, positions)
     halved = max(16, triton.next_power_of_2(dim // 2))

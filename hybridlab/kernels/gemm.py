@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hybridlab import tuning
 from hybridlab.kernels.gemv import _launch, _start, _tuned
-from hybridlab.layout import joined
 from hybridlab.tuning import LIBRARY, Tile
 
 FEWEST = tuning.TOKENS[1]  # tokens of the smallest tile
@@ -103,10 +102,7 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
     """`hybridlab.fusedops.project` of several tokens; biases are given for all matrices or for none."""
     tile = tile or _tuned("project", len(x), out.shape[1], a)
     normed = _normed(x, gain, eps, pdl)
-    whole, biases = joined((a, b, c)), joined((a_bias, b_bias, c_bias))
-    if whole is not None and (a_bias is None or biases is not None):  # one product then serves all three
-        a, b, c, a_bias, b_bias, c_bias = whole, None, None, biases, None, None
-    elif tile == LIBRARY and b is not None and len(x) <= tuning.TOKENS[-1]:
+    if tile == LIBRARY and b is not None and len(x) <= tuning.TOKENS[-1]:
         tile = Tile(128, 128 // x.element_size(), 4, 6)  # cuBLAS would multiply by each, one after the other
     if tile != LIBRARY:
         _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)

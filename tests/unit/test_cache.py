@@ -38,6 +38,20 @@ def replay(held: GraphCache, key: str) -> None:
         launch()
 
 
+def test_a_graph_by_itself_is_freed_when_its_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a graph kept by a benchmark that went on without it."""
+    cleared: list[GraphCache] = []
+    monkeypatch.setattr(GraphCache, "clear", lambda self: cleared.append(self))
+    def use() -> None:
+        with module.replaying(job("a").function, torch.device("cpu")) as launch:
+            launch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
+    assert [held.counters.replays for held in cleared] == [1]
+
+
 def there(held: GraphCache, keys: str) -> str:
     return "".join(key for key in keys if key in held)
 

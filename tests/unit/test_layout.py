@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybridlab import layout, models
+from hybridlab import fused, layout, models
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi"])
@@ -42,7 +42,9 @@ def test_loaded_models_are_laid_out_and_given_ones_left_alone() -> None:
     def parts(model: Any) -> tuple[Any, ...]:
         return tuple(getattr(model.model.layers[0].self_attn, name).weight for name in layout.TOGETHER)
     assert layout.joined(parts(loaded)) is not None
+    assert fused.Layer(loaded.model.layers[0], loaded.config).qkv[1:] == [None, None]
     given = AutoModelForCausalLM.from_config(loaded.config)
+    assert None not in fused.Layer(given.model.layers[0], given.config).qkv
     before = [p.data_ptr() for p in given.parameters()]
     assert [p.data_ptr() for p in models.load(given, device="cpu").parameters()] == before
 

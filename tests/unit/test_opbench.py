@@ -105,6 +105,18 @@ def test_wrong_work_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         opbench.require_right(work, "kernel")
 
 
+def test_a_token_is_right_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The neighbour of the right token taken for nearly right; token 0 for wrong, as nothing is a share of it."""
+    case = next(case for case in opbench.cases(TOY, [1], 4) if case.kind == "greedy")
+    work = opbench.work(case, TOY, 64, CPU, torch.float32)
+    work.logits.zero_()[:, 0] = 1
+    opbench.require_right(work, "kernel")
+    work.logits[:, 5] = 2
+    monkeypatch.setattr(work, "exact", lambda: torch.tensor([6.0], dtype=torch.float64))
+    with pytest.raises(MeasureError, match=r"token \[5\], not \[6"):
+        opbench.require_right(work, "kernel")
+
+
 def test_kernels_alone_start_early() -> None:
     """An unfused operation timed twice under two names."""
     both = {case.op: opbench.variants(case, ["torch", "kernel", "kernel, pdl"]) for case in opbench.cases(TOY, [1], 2)}

@@ -118,6 +118,12 @@ def test_runs_compare_numbers_of_steps_where_whole_steps_are_replayed() -> None:
         "eager": 1, "graph": 4, "jit": 1, "hybrid": 4}
 
 
+def test_one_arm_is_not_taken_for_its_letters() -> None:
+    """"arm 'h' is unknown", said to somebody who wrote arm 'hybrid'."""
+    with pytest.raises(ConfigError, match="arms is 'hybrid'"):
+        build(RunConfig, {"arms": "hybrid"})
+
+
 def test_policies_are_data_however_they_are_written() -> None:
     """The same policy from a list that cannot be hashed or compared, or a text taken for a list of letters."""
     written = Policy(outside=["prepare", "sample"])
@@ -145,6 +151,8 @@ def test_explain_and_diff_say_what_changed() -> None:
         whole.explain("sampel")
     with pytest.raises(PlanError, match="there is no operation 10000"):
         whole.explain(10000)
+    with pytest.raises(PlanError, match=r"1\.5 is no operation"):
+        whole.explain(1.5)
 
 
 @pytest.mark.parametrize("policy", [None, "piecewise", Policy(("lm_head",))])

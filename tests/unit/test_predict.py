@@ -99,6 +99,12 @@ def test_the_table_has_a_row_an_arm_and_policy() -> None:
     assert rows["eager", ""] > rows["graph", "piecewise"]
 
 
+def test_one_name_is_a_choice_too() -> None:
+    """A policy or an arm taken for a list of letters."""
+    table = predict.table(MODEL, a_machine(), arms="hybrid", policies="whole", length=LENGTH)
+    assert table[["arm", "policy"]].values.tolist() == [["hybrid", "whole"]]
+
+
 def test_the_parts_add_up_to_the_step() -> None:
     """A table by segment that says something else than the sum above it."""
     found = predict.predict(partition(MODEL, "piecewise", length=LENGTH), a_machine(), "hybrid")
