@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
-DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot"}  # else solid
+DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot", "steps": "longdash"}  # by last word
 
 
 def colour(arm: str) -> str:
@@ -20,7 +20,7 @@ def symbol(arm: str) -> str:
 
 
 def dash(arm: str) -> str:
-    """Policies and kernels of one arm share its colour and differ in their lines."""
+    """Policies, kernels and steps a launch of one arm share its colour and differ in their lines."""
     return DASHES.get(arm.rpartition(" ")[2], "solid")
 
 
@@ -41,8 +41,10 @@ def one_entry_an_arm(figure: go.Figure) -> go.Figure:
     for number, trace in enumerate(named):
         trace.showlegend = trace.name not in [earlier.name for earlier in named[:number]]
     if any(trace.meta for trace in named):
-        names = {"piecewise": "dotted", "full": "dashed", "fused": "dash-dotted"}
+        names = {"piecewise": "piecewise dotted", "full": "full dashed", "fused": "fused dash-dotted",
+                 "steps": "several steps a launch long-dashed"}
         used = {str(trace.meta).rpartition(" ")[2] for trace in named}
-        lines = [f"{name} {line}" for name, line in names.items() if name in used]
-        figure.layout.annotations[0].text += "; lines: " + ", ".join([*lines, "others solid"])
+        lines = [line for name, line in names.items() if name in used]
+        note = figure.layout.annotations[0]
+        note.update(text=f"{note.text}<br>lines: {', '.join([*lines, 'others solid'])}", y=note.y + 0.02)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,19 @@ def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _arms(rows: pd.DataFrame) -> list[str]:
-    """The names in the rows, in the order of the ablation: an arm, its policy and kernels ("hybrid full fused")."""
+    """The names in the rows, in the order of the ablation: an arm, its policy, kernels and steps a launch
+    ("hybrid full fused 8 steps")."""
     there = [str(name) for name in rows["arm"].unique()]
     for name in there:
         choose("arm", name.partition(" ")[0], ARMS)
     plain = [*ARMS, *(f"{arm} {policy}" for arm in ARMS for policy in POLICIES)]
     order = [each for name in plain for each in (name, f"{name} fused")]
-    return sorted(sorted(there), key=lambda name: (ARMS.index(name.partition(" ")[0]),
-                                                   order.index(name) if name in order else len(order)))
+
+    def place(name: str) -> tuple[int, int, int]:
+        base, count = re.fullmatch(r"(.*?)(?: (\d+) steps)?", name).groups()  # type: ignore[union-attr]
+        return ARMS.index(name.partition(" ")[0]), order.index(base) if base in order else len(order), int(count or 1)
+
+    return sorted(sorted(there), key=place)
 
 
 def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
@@ -199,14 +205,15 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
         if cell.p99 is not None:
             _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
     compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
-    names = [cell.arm.replace(" ", "<br>")
+    names = [re.sub(" (?!steps)", "<br>", cell.arm)
              + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
              for cell in cells]
+    if compared:  # in the note: under names of several lines there is no room for the title of an axis
+        figure.layout.annotations[0].text += "; ×: times as fast as eager, p50"
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
     figure.update_layout(
         xaxis2={"tickvals": list(range(len(cells))), "ticktext": names,
-                "tickfont": {"size": 14 if len(cells) <= len(ARMS) else 11}, "range": [-0.6, max(len(cells), 1) - 0.4],
-                "title": {"text": "×: times as fast as eager, p50" if compared else ""}},
+                "tickfont": {"size": 14 if len(cells) <= len(ARMS) else 11}, "range": [-0.6, max(len(cells), 1) - 0.4]},
         yaxis2={"title": {"text": f"gap between tokens (ms): p50{', –: p99' if has_p99 else ''}"},
                 "range": [0, _top(max(heights, default=1))]})
 

@@ -79,6 +79,20 @@ def test_no_figure_shows_a_p99_without_the_sample_for_it(gaps, shown):
     assert ("p99 needs 368" in figure.layout.annotations[0].text) is not shown
 
 
+def test_steps_a_launch_stand_behind_their_arm_in_lines_of_their_own():
+    """"16" and "steps" on two lines, below the edge of the figure; lines that cannot be told apart; an arm far from
+    the same arm with more steps."""
+    data = rows(arms=("eager", "hybrid", "hybrid fused", "hybrid fused 16 steps", "hybrid 16 steps", "hybrid 4 steps"))
+    figure = plots.ablation(data, "")
+    names = [text.rpartition("<br>")[0] for text in figure.layout.xaxis2.ticktext]
+    assert names == ["eager", "hybrid", "hybrid<br>4 steps", "hybrid<br>16 steps", "hybrid<br>fused",
+                     "hybrid<br>fused<br>16 steps"]
+    assert {trace.line.dash for trace in figure.data if trace.mode == "lines+markers"} == {
+        "solid", "dashdot", "longdash"}
+    assert "several steps a launch long-dashed" in figure.layout.annotations[0].text
+    assert static.png(figure).startswith(b"\x89PNG")
+
+
 def test_the_headline_shows_the_ratio_of_the_table():
     """The number under an arm is what people will quote."""
     data = rows()
