@@ -26,7 +26,7 @@ DPI = 100      # one pixel of Plotly is 1/100 inch here
 SCALE = 2      # of the PNG
 POINT = 72 / DPI
 SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "font.family": "DejaVu Sans", "path.simplify": False}
-DASHES = {None: "-", "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
+DASHES: dict[Any, Any] = {None: "-", "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
 SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v",
            "x": "X", "cross": "P", "line-ew-open": "_"}
 PANELS = ("", "2", "3", "4")  # pairs of axes that a figure may have
