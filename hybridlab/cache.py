@@ -19,6 +19,7 @@ from hybridlab import graphs, kernels
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
 from hybridlab.graphs import CutOpen, Graph
+from hybridlab.ranges import span
 
 
 class Job(NamedTuple):
@@ -166,7 +167,8 @@ class GraphCache:
 
     def _record(self, job: Job, mode: str = "thread_local") -> Graph:
         compiled = len(kernels.compiled())
-        with _restored(job.state if job.cut else ()):  # pieces are launched while they are captured
+        state = job.state if job.cut else ()  # pieces are launched while they are captured
+        with span("capture", detail=str(job.key)), _restored(state):
             graph = graphs.record(job.function, self.device, pool=self._pool, cut=job.cut, mode=mode,
                                   private=job.buffers, state=job.repeat)
         if names := kernels.compiled()[compiled:]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hybridlab.config import Sampling
 from hybridlab.lowering import PLAIN
+from hybridlab.ranges import span
 from hybridlab.readback import Readback
 from hybridlab.sampling import Controls
 from hybridlab.verify import verify_cached
@@ -74,21 +75,27 @@ class StockExecutor:
         """Nothing to check: the stock modules read whatever weights the model has."""
 
     def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache, self.at = DynamicCache(config=self.model.config), 0
         self.controls.set(sampling, self.model.config.vocab_size)
 
     def prefill(self, ids: list[int]) -> Launched:
         device = self.model.device
         self.position = torch.tensor([len(ids) - 1], device=device)
-        return self._step(torch.tensor([ids], device=device))
+        self.at = len(ids)
+        with span("prefill", self.at):
+            return self._step(torch.tensor([ids], device=device))
 
     def decode(self, wanted: int) -> list[Launched]:
-        self.position += 1
-        return [self._step(self.controls.token.clamp(min=0).view(1, 1))]
+        self.at += 1
+        with span("decode", self.at):
+            self.position += 1
+            return [self._step(self.controls.token.clamp(min=0).view(1, 1))]
 
     def _step(self, ids: Tensor) -> Launched:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.controls.draw(out.logits[0, -1].float(), self.position)
+        with span("eager"):
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with span("sampling"):
+            self.controls.draw(out.logits[0, -1].float(), self.position)
         return Launched(self.tokens.send(), "eager", self.REASON)
 
     def read(self, step: Launched) -> int:

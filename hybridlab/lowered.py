@@ -20,6 +20,7 @@ from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
 from hybridlab.plan import Plan
+from hybridlab.ranges import span
 from hybridlab.readback import Readback, Ring
 from hybridlab.sampling import Controls
 
@@ -62,6 +63,7 @@ class LoweredExecutor:
         self.around = f", in pieces around {', '.join(between)}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
+        self.at = 0  # tokens that the last launched step has seen
         self.asked_at: float | None = None  # when the request was, until its first token is read
 
     @property
@@ -102,11 +104,18 @@ class LoweredExecutor:
         self.staging[:count] = torch.tensor(ids)
         self.prompt[:count].copy_(self.staging[:count], non_blocking=True)
         self.length.fill_(count)
-        self.bucket = bucket_for(count, self.buckets)
-        return self._launch("prefill", self.bucket or count)
+        self.bucket, self.at = bucket_for(count, self.buckets), count
+        with span("prefill", count):
+            return self._launch("prefill", self.bucket or count)
 
     def decode(self, wanted: int) -> list[Launched]:
         """One step; or as many as one graph holds, if the graph is there. One that loops can do with fewer."""
+        with span("decode", self.at + 1):
+            launched = self._decode(wanted)
+        self.at += len(launched)
+        return launched
+
+    def _decode(self, wanted: int) -> list[Launched]:
         steps = min(self.config.steps, wanted) if self.looping else self.config.steps
         if not 1 < steps <= wanted or self.lookup is None:
             return [self._launch("decode", 1)]
@@ -114,7 +123,7 @@ class LoweredExecutor:
         if not self.lookup.several(key):
             return [self._launch("decode", 1)]
         places = self.ring.expect(steps)
-        with self.lookup.cache.lease(key) as replay:
+        with span("replay"), self.lookup.cache.lease(key) as replay:
             replay()
         reason = f"replayed decode graph of 1 rows, {steps} steps a launch" + ", in a loop" * self.looping
         return [Launched(place, "graph", reason, emitted=True, ends=self.looping) for place in places]
@@ -143,7 +152,7 @@ class LoweredExecutor:
             if missed is None:
                 path = "graph"
                 reason = f"replayed {phase} graph of {rows} rows{self.around}{self.lookup.captured_now()}"
-                with self.lookup.cache.lease(key) as replay:
+                with span("replay"), self.lookup.cache.lease(key) as replay:
                     replay()
                 if "sample" in self.outside:
                     self._sample()
@@ -155,7 +164,8 @@ class LoweredExecutor:
         """The step with every operation launched from Python; its inputs are prepared if that is never captured."""
         if "prepare" not in self.outside:
             self._prepare(phase, program)
-        program()
+        with span("jit" if program.module is self.modules.get(JIT) else "eager"):
+            program()
         self._sample()
 
     def _inside(self, phase: str, program: Program, controls: Controls) -> None:
@@ -175,7 +185,8 @@ class LoweredExecutor:
             self.controls.ops.advance.default(self.controls.token, ids, positions)
 
     def _sample(self) -> None:
-        self.controls.draw(self.logits, self.positions)
+        with span("sampling"):
+            self.controls.draw(self.logits, self.positions)
 
     def _key(self, phase: str, rows: int, steps: int = 1) -> Key:
         draw = "" if "sample" in self.outside else self.controls.mode

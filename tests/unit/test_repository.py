@@ -24,7 +24,7 @@ PACKAGE = ROOT / "hybridlab"
 
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
-    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks"),
+    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges"),
     ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static", "looks", "schemas",
      "admission", "tuning"),
     ("names", "workload", "tallies", "kerneltables"),

@@ -1,0 +1,80 @@
+"""Named stretches of work for profilers: NVTX ranges in a domain of their own, for Nsight Systems, and on demand the
+same ones for PyTorch's profiler.
+
+Whether a tool listens to NVTX is decided when the process starts. Where none does, a span is one shared object that
+does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import nvtx
+
+Category = Literal["prefill", "decode", "replay", "jit", "eager", "sampling", "capture"]
+PREFIX = "hybridlab."  # of a range's name in a profiler that has no domains
+
+
+class _Idle:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_IDLE = _Idle()
+_domain: Any = nvtx.get_domain("hybridlab")
+_record: Any = None  # torch.profiler.record_function while `recorded`
+
+
+class _Span:
+    """One range, pushed when entered and popped when left, in whatever way."""
+
+    def __init__(self, category: Category, payload: int | None, detail: str) -> None:
+        self.category, self.payload, self.detail = category, payload, detail
+        self.mirror: Any = None
+
+    def __enter__(self) -> None:
+        name = f"{self.category} {self.detail}".rstrip()
+        if _record is not None:
+            self.mirror = _record(PREFIX + name, None if self.payload is None else str(self.payload))
+            self.mirror.__enter__()
+        attributes = _domain.get_event_attributes(message=name, category=self.category, payload=self.payload)
+        _domain.push_range(attributes)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        _domain.pop_range()
+        if self.mirror is not None:
+            self.mirror.__exit__(kind, error, trace)
+
+
+def listening() -> bool:
+    """Whether anything sees the ranges now."""
+    return _record is not None or _domain.get_event_attributes(message="", category="decode") is not None
+
+
+def span(category: Category, payload: int | None = None, detail: str = "") -> AbstractContextManager[None]:
+    """A range around a block: its category names it, with `detail` behind; `payload` is the position in the sequence of
+    prefill and decode, and rows of a capture."""
+    return _Span(category, payload, detail) if _LISTENING or _record is not None else _IDLE
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Inside, PyTorch's profiler sees each span too, as a user annotation named `PREFIX` and the span's name."""
+    global _record
+    from torch.profiler import record_function
+
+    before, _record = _record, record_function
+    try:
+        yield
+    finally:
+        _record = before
+
+
+_LISTENING = listening()

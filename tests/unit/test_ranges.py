@@ -1,0 +1,105 @@
+"""Ranges for profilers: which, in which order, with which payload, always closed, and nothing where nobody listens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import hybridlab as hl
+from hybridlab import ranges
+
+PROMPT, NEW = [3, 4, 5], 3
+
+
+class Domain:
+    """What NVTX was told, nested as it was pushed; `left` are ranges that were not popped."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, str, int | None]] = []
+        self.left: list[SimpleNamespace] = []
+
+    def get_event_attributes(self, **given: Any) -> SimpleNamespace:
+        return SimpleNamespace(**given)
+
+    def push_range(self, a: SimpleNamespace) -> None:
+        self.seen.append((len(self.left), a.category, a.message, a.payload))
+        self.left.append(a)
+
+    def pop_range(self) -> None:
+        self.left.pop()
+
+
+@pytest.fixture
+def domain(monkeypatch: pytest.MonkeyPatch) -> Domain:
+    made = Domain()
+    monkeypatch.setattr(ranges, "_domain", made)
+    monkeypatch.setattr(ranges, "_LISTENING", True)
+    return made
+
+
+@pytest.mark.parametrize(("settings", "inside"), [
+    ({"arm": "eager"}, ["eager", "sampling"]),
+    ({"arm": "jit"}, ["jit", "sampling"]),
+    ({"arm": "hybrid"}, ["replay", "sampling"]),
+    ({"arm": "hybrid", "policy": "full"}, ["replay"]),
+    ({"arm": "hybrid", "capture": "never"}, ["jit", "sampling"]),
+    ({"arm": "graph", "capture": "never"}, ["eager", "sampling"]),
+])
+def test_each_step_is_a_range_with_its_path_inside(domain: Domain, settings: dict[str, Any],
+                                                   inside: list[str]) -> None:
+    """A trace whose ranges name another path than the rows, or a token that no range holds."""
+    with hl.Runtime("tiny", **{"capture": "sync", "max_len": 64, "device": "cpu", **settings}) as runtime:
+        if runtime.config.capture != "never":
+            runtime.warm_up([len(PROMPT)])
+        domain.seen.clear()
+        runtime.generate(PROMPT, max_new_tokens=NEW, stop=[])
+    assert domain.left == []
+    assert [(category, payload) for depth, category, _, payload in domain.seen if depth == 0] == [
+        ("prefill", 3), ("decode", 4), ("decode", 5)]
+    assert [category for depth, category, *_ in domain.seen if depth == 1] == inside * NEW
+
+
+def test_several_steps_a_launch_are_one_range(domain: Domain) -> None:
+    """Positions that stand still while a graph decodes several tokens."""
+    with hl.Runtime("tiny", policy="full", steps=4, capture="sync", max_len=64, device="cpu") as runtime:
+        runtime.warm_up([len(PROMPT)])
+        domain.seen.clear()
+        runtime.generate(PROMPT, max_new_tokens=9, stop=[])
+    assert [payload for depth, _, _, payload in domain.seen if depth == 0] == [3, 4, 8]
+
+
+def test_a_capture_is_a_range_named_by_its_key(domain: Domain) -> None:
+    """Time that a trace shows in a request and nobody can place."""
+    with hl.Runtime("tiny", capture="sync", max_len=64, device="cpu") as runtime:
+        runtime.warm_up([len(PROMPT)])
+    names = [message for _, category, message, _ in domain.seen if category == "capture"]
+    assert len(names) == runtime.counters.captures == 2
+    assert any("prefill" in name for name in names)
+    assert domain.left == []
+
+
+def test_a_range_is_closed_when_its_block_fails(domain: Domain) -> None:
+    """Every later range nested in one that failed."""
+    with pytest.raises(ZeroDivisionError), ranges.span("replay"):
+        raise ZeroDivisionError
+    assert domain.left == []
+
+
+def test_without_a_listener_nothing_is_made() -> None:
+    """An object, a string or a lookup in each of a token's steps that nobody sees."""
+    assert not ranges.listening()
+    assert ranges.span("decode", 7) is ranges.span("capture", detail="x")
+
+
+def test_pytorchs_profiler_sees_them_on_demand() -> None:
+    """A trace on a machine without Nsight Systems that shows operations and not whose they are."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (hl.Runtime("tiny", arm="eager", max_len=64, device="cpu") as runtime, ranges.recorded(),
+          torch.profiler.profile(activities=activities) as seen):
+        runtime.generate(PROMPT, max_new_tokens=2, stop=[])
+    names = [event.name for event in seen.events() if event.name.startswith(ranges.PREFIX)]
+    assert {name.removeprefix(ranges.PREFIX) for name in names} == {"prefill", "decode", "eager", "sampling"}
+    assert not ranges.listening()
