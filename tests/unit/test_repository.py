@@ -27,7 +27,7 @@ LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges"),
     ("config", "stats", "environment", "ops", "trace", "checkpoint", "buckets", "static", "looks", "schemas",
      "admission", "tuning"),
-    ("names", "workload", "tallies", "kerneltables"),
+    ("names", "workload", "tallies", "kerneltables", "tails", "steadiness"),
     ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan"),
     ("experts", "tape", "plots", "policies", "costs"),
     ("lowering", "boxes", "times", "panels", "answers"),
