@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -156,17 +156,17 @@ class Runtime:
         return self._stream(asked)
 
     def _stream(self, asked: Request) -> Iterator[Token]:
-        ids: list[int] = []
-        shown = ""
-        for step, ms in self._serve(asked):
-            ids.append(step.id)
-            text = self._text(ids)
-            piece = None
-            if text is not None:
-                # A character may span several tokens: hold its bytes back until it is whole.
-                whole = text.rstrip("\ufffd") if len(ids) < asked.max_new_tokens else text
-                piece, shown = whole[len(shown):], max(shown, whole, key=len)
-            yield Token(step.id, piece, step.path, ms, step.reason)
+        ids, shown = list[int](), ""
+        with closing(self._serve(asked)) as steps:  # from Python 3.12 on, closing this alone would leave them open
+            for step, ms in steps:
+                ids.append(step.id)
+                text = self._text(ids)
+                piece = None
+                if text is not None:
+                    # A character may span several tokens: hold its bytes back until it is whole.
+                    whole = text.rstrip("\ufffd") if len(ids) < asked.max_new_tokens else text
+                    piece, shown = whole[len(shown):], max(shown, whole, key=len)
+                yield Token(step.id, piece, step.path, ms, step.reason)
 
     def warm_up(self, lengths: Iterable[int], temperature: float = 0.0, top_k: int | None = None,
                 top_p: float | None = None) -> None:
@@ -236,7 +236,7 @@ class Runtime:
         return request(self.model, prompt, self.max_len, max_new_tokens, stop,
                        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
-    def _serve(self, asked: Request) -> Iterator[tuple[Step, float]]:
+    def _serve(self, asked: Request) -> Generator[tuple[Step, float], None, None]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
             flying, over = deque[Launched](), False

@@ -98,7 +98,7 @@ def test_pytorchs_profiler_sees_them_on_demand() -> None:
     """A trace on a machine without Nsight Systems that shows operations and not whose they are."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (hl.Runtime("tiny", arm="eager", max_len=64, device="cpu") as runtime, ranges.recorded(),
-          torch.profiler.profile(activities=activities) as seen):
+          torch.profiler.profile(activities=activities, acc_events=True) as seen):
         runtime.generate(PROMPT, max_new_tokens=2, stop=[])
     names = [event.name for event in seen.events() if event.name.startswith(ranges.PREFIX)]
     assert {name.removeprefix(ranges.PREFIX) for name in names} == {"prefill", "decode", "eager", "sampling"}
