@@ -68,14 +68,21 @@ _BEYOND_CACHES = {"cpu": 256, "cuda": 512}  # MiB, for one quick reading: no cor
 
 class Bench:
     """The micro-benchmarks on one device, in one dtype. Each number is of the quickest of several turns: whatever else
-    a machine does adds to a time and never takes from it."""
+    a machine does adds to a time and never takes from it. Those that give every turn say so."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.cuda = device, dtype, device.type == "cuda"
+        self.beyond_caches = _SIZES[device.type][1][-1] * 2**20  # bytes
 
     def seconds(self, *functions: Callable[[], Any], calls: int = 1, wait: bool = True,
                 turns: int = _TURNS) -> list[float]:
-        """Seconds of one call of each function, `calls` in a row; with `wait` until the device has done them.
+        """Of one call of each function, the quickest of `turns` as `turns_of` takes them."""
+        return [min(times) for times in self.turns_of(*functions, calls=calls, wait=wait, turns=turns)]
+
+    def turns_of(self, *functions: Callable[[], Any], calls: int = 1, wait: bool = True,
+                 turns: int = _TURNS) -> list[list[float]]:
+        """Seconds of one call of each function, `calls` in a row, in every turn but the first; with `wait` until the
+        device has done them.
 
         The functions take turns, so that a machine that changes its pace changes it for all.
         """
@@ -89,7 +96,7 @@ class Bench:
                 if wait:
                     clocks.finish(self.device)
                 times.append((time.perf_counter() - start) / calls)
-        return [min(times[1:]) for times in taken]
+        return [times[1:] for times in taken]
 
     def ones(self, *shape: int) -> Tensor:
         """Memory that was written: of zeros a CPU would hold, and read, one page."""
@@ -116,6 +123,23 @@ class Bench:
                 torch.mm(row, matrix.t(), out=out)
 
         return matrices, gemv
+
+    def rates(self, size: int | None = None) -> dict[str, list[float]]:
+        """What bounds a step that reads `size` bytes (None: more than caches hold), in every turn: GB/s read by a
+        reduction ("read") and by matrix-vector products ("gemv"), GB/s read and written by a copy ("copy"), and
+        TFLOP/s of one large product in the dtype ("matmul")."""
+        matrices, gemv = self._products(size or self.beyond_caches)
+        target, source = matrices.flatten().chunk(2)
+        side = _SIZES[self.device.type][0]
+        calls = 8 if self.cuda else max(1, 8 // len(matrices))  # on a GPU waiting for the last one is nothing beside 8
+        a, b = self.ones(side, side), self.ones(side, side)
+        with self._captured(gemv) as replay:
+            read, multiplied, copied, product = self.turns_of(
+                matrices.sum, replay, lambda: target.copy_(source), lambda: torch.mm(a, b), calls=calls)
+        moved, flops = matrices.nbytes / 1e9, 2 * side**3 / 1e12
+        return {"read": [moved / s for s in read], "gemv": [moved / s for s in multiplied],
+                "copy": [(target.nbytes + source.nbytes) / 1e9 / s for s in copied],
+                "matmul": [flops / s for s in product]}
 
     def ridge(self) -> float:
         """Rows at which a layer's arithmetic takes as long as reading its weights; in a fraction of a second.

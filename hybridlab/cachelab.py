@@ -17,6 +17,7 @@ from hybridlab.config import CacheConfig, as_dict, build
 from hybridlab.disturbing import require_ways
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.parameters import compared
+from hybridlab.progress import Report, reporter
 from hybridlab.report import Grid, interval, number
 from hybridlab.runtime import Runtime
 from hybridlab.workload import Asked
@@ -71,8 +72,8 @@ class CacheResult(experiment.Shown):
         header = ["setting", "TTFT mean, ms", "TTFT p50, ms", "TTFT p99, ms", "hit rate", "ITL p50, ms", "after, ms",
                   "captures", "capturing, ms", "held at most"]
         rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
-                 _percent(line["hit_rate"]), interval(line, "itl_p50"), number(line["after_mean"]), _captures(line),
-                 number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
+                 f"{100 * line['hit_rate']:.1f} %", interval(line, "itl_p50"), number(line["after_mean"]),
+                 _captures(line), number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
                 for line in self.table().to_dict("records")]
         return Grid(f"Graph cache · {self.caption}", header, rows,
                     "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "
@@ -107,7 +108,7 @@ def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None,
     settings = compared(config)
     if (context := names.context(config.model)) is not None:
         _fit(config, settings, context)
-    with experiment.reporter(progress) as report:
+    with reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         context = models.context(model)
@@ -156,7 +157,7 @@ class _Lab:
     """One loaded model and all that is measured with it."""
 
     def __init__(self, model: Any, config: CacheConfig, settings: Settings, requests: Sequence[Asked], max_len: int,
-                 report: experiment.Report) -> None:
+                 report: Report) -> None:
         self.model, self.config, self.settings, self.requests = model, config, settings, requests
         self.max_len, self.report = max_len, report
         self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in requests}), config.seed)
@@ -278,7 +279,7 @@ def _mean(first: pd.DataFrame) -> tuple[float, float | None, float | None]:
 def _words(line: dict[str, Any]) -> str:
     """One line of the table as a sentence."""
     first = (f"With {line['setting']} a first token took {interval(line, 'ttft_mean')} ms on average, and for "
-             f"{_percent(line['hit_rate'])} of them the graph was there")
+             f"{100 * line['hit_rate']:.1f} % of them the graph was there")
     words = []
     if line["captures"]:
         words.append(f"one pass captured {line['captures']:.3g} graphs in {number(line['capture_ms'])} ms")
@@ -294,7 +295,3 @@ def _words(line: dict[str, Any]) -> str:
 def _captures(line: dict[str, Any]) -> str:
     kinds = (("evictions", "evicted"), ("failures", "failed"))
     return ", ".join([f"{line['captures']:.3g}", *(f"{line[name]:.3g} {word}" for name, word in kinds if line[name])])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

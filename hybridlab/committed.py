@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridlab import kernelbench, kernelviews, plots, records, report, timeline
+from hybridlab import kernelbench, kernelviews, plots, records, report, soundness, timeline, tracetables, traceviews
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
 from hybridlab.kernellab import KernelResult
-from hybridlab.records import CONFIG, MANIFEST, atomic_write, keep, read
+from hybridlab.manifests import CONFIG, MANIFEST
+from hybridlab.records import atomic_write, keep, read
+from hybridlab.systemlab import SystemResult
+from hybridlab.tracelab import TraceResult
 
 TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
                    re.DOTALL)
@@ -69,8 +72,8 @@ def publish(path: Path, root: Path) -> Path:
 
 def redraw(root: Path) -> list[Path]:
     """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
-    `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them, and
-    `cache_<trace>_<figure>` from its latest run of each trace.
+    `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them,
+    `trace_<figure>` from its latest trace, and `cache_<trace>_<figure>` from its latest run of each request trace.
     """
     written: list[Path] = []
     ablations: dict[tuple[str, str], Result] = {}
@@ -83,6 +86,8 @@ def redraw(root: Path) -> list[Path]:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
         elif records.kind(path) == KernelResult.kind:
             kernels[path.parent.name] = KernelResult.open(path)
+        elif records.kind(path) == TraceResult.kind:
+            written += _draw_trace(TraceResult.open(path), root / "figures" / path.parent.name)
     for (machine, prefix), result in ablations.items():
         written += report.draw(result, root / "figures" / machine, STILL, prefix)
     for machine, timed in kernels.items():
@@ -101,6 +106,11 @@ def _draw_kernels(result: KernelResult, folder: Path) -> Iterator[Path]:
     for name, (metric, figure) in kernelviews.FIGURES.items():
         if metric in set(result.rows["metric"]):
             yield from plots.write(figure(result.rows, result.caption), folder / f"kernels_{name}", STILL)
+
+
+def _draw_trace(result: TraceResult, folder: Path) -> Iterator[Path]:
+    yield from plots.write(traceviews.shares(result.traces(), result.caption), folder / "trace_shares", STILL)
+    yield from plots.write(traceviews.token(result.traces(), result.caption), folder / "trace_token", STILL)
 
 
 def _check_run(path: Path, name: str, findings: Findings) -> None:
@@ -142,7 +152,8 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
-    tables = (*report.GRIDS, CacheResult.kind, *kernelbench.TITLES)
+    tables = (*report.GRIDS, *soundness.GRIDS, CacheResult.kind, *kernelbench.TITLES, TraceResult.kind,
+              SystemResult.kind)
     if kind not in tables:
         raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
@@ -152,7 +163,15 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         return CacheResult.open(known[run]).grid().markdown()
     if kind in kernelbench.TITLES:
         return kernelbench.grid(KernelResult.open(known[run]), kind).markdown()
-    return report.GRIDS[kind](Result.open(known[run])).markdown()
+    if kind == TraceResult.kind:
+        traced = TraceResult.open(known[run])
+        return tracetables.grid(traced.tokens(), traced.caption).markdown()
+    if kind == SystemResult.kind:
+        return SystemResult.open(known[run]).grid().markdown()
+    result = Result.open(known[run])
+    if kind in soundness.GRIDS:
+        return soundness.GRIDS[kind](result.rows, result.caption).markdown()
+    return report.GRIDS[kind](result).markdown()
 
 
 def _diff(old: str, new: str) -> str:

@@ -19,7 +19,8 @@ from hybridlab.lowered import LoweredExecutor
 from hybridlab.measure import quiet_collector
 
 if TYPE_CHECKING:
-    from hybridlab.runtime import Runtime, Step
+    from hybridlab.runtime import Runtime
+from hybridlab.tokens import Step
 
 Row = dict[str, Any]
 HAPPENED = ("hits", "misses", "captures", "evictions", "failures", "capture_ms")  # in an interval

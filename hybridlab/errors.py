@@ -73,6 +73,10 @@ class MeasureError(HybridlabError, RuntimeError):
     """A runtime answered something that cannot be measured."""
 
 
+class TraceError(HybridlabError, ValueError):
+    """A trace cannot be made or read, or holds what no profiler writes."""
+
+
 class FigureError(HybridlabError, ValueError):
     """A Plotly figure uses something that the static renderer does not draw."""
 

@@ -46,6 +46,8 @@ class Executor(Protocol):
 
     def read(self, step: Launched) -> int: ...
 
+    def device_ms(self, count: int) -> list[float]: ...
+
     def finish(self) -> None: ...
 
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None: ...
@@ -75,6 +77,7 @@ class StockExecutor:
         """Nothing to check: the stock modules read whatever weights the model has."""
 
     def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
+        self.tokens.start()
         self.cache, self.at = DynamicCache(config=self.model.config), 0
         self.controls.set(sampling, self.model.config.vocab_size)
 
@@ -100,6 +103,9 @@ class StockExecutor:
 
     def read(self, step: Launched) -> int:
         return self.tokens.read(step.place)
+
+    def device_ms(self, count: int) -> list[float]:
+        return self.tokens.device_ms(count)
 
     def finish(self) -> None:
         del self.cache

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,14 +14,13 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 
-from hybridlab import environment, measure, models, names, records, stats
-from hybridlab.config import RunConfig, as_dict, build, cells, require_steps
+from hybridlab import environment, measure, models, names, records, restarts, roofline, stats
+from hybridlab.cells import cells, require_steps
+from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError, RunError
+from hybridlab.progress import Report, reporter
 from hybridlab.runtime import Runtime
-
-log = logging.getLogger(__name__)
-Report = Callable[[str, int, int], None]  # (what, done, total)
-EVERY_S = 10.0                            # between two lines of progress in a log
+from hybridlab.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Shown:
         """A run from its directory, checked against its manifest. Raises: RunError, for a run of another kind too."""
         found = records.read(path)
         if found.kind != cls.kind:
-            known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult"}
+            known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult",
+                     "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult"}
             raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}",
                            f"open it with hl.{known[found.kind]}")
         return cls(found)
@@ -94,6 +94,11 @@ class Result(Shown):
         assert isinstance(self.recorded.config, RunConfig)
         return self.recorded.config
 
+    @property
+    def floors(self) -> pd.DataFrame | None:
+        """The least time of each first token and gap on this machine, see `roofline.of_run`; None for older runs."""
+        return roofline.floors(self.recorded.extra)
+
     def table(self) -> pd.DataFrame:
         """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`); None where n does not allow one."""
         return stats.summary(self.rows, arms=list(cells(self.config)))
@@ -119,8 +124,10 @@ class Result(Shown):
         return " ".join(part for part in parts if part)
 
 
-def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None, progress: bool = True) -> Result:
-    """Measures all arms of the config over one loaded model, in one process, and records the run.
+def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None, progress: bool = True,
+        process: int = 0) -> Result:
+    """Measures all arms of the config over one loaded model, in one process, and records the run. With
+    `config.restarts`, in that many processes one after the other; `process` is the number of one of them.
 
     Raises: ConfigError, ModelError or PromptError for bad input, before anything is written. Whatever goes wrong
     later, Ctrl-C included, leaves a run that is marked failed with the rows of the finished rounds, and is re-raised.
@@ -128,6 +135,8 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
     """
     config = _checked(config)
     names.require_fit(config, names.context(config.model))
+    if config.restarts > 1:
+        return _restarted(config, root, progress)
     with reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
@@ -136,7 +145,7 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         with threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
-                extra = _measure(model, prompts, config, target, report)
+                extra = _measure(model, prompts, config, target, report, process)
                 target.finish("complete", extra=extra)
             except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
                 fail(target, error)
@@ -144,8 +153,23 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
     return Result.open(target.path)
 
 
+def _restarted(config: RunConfig, root: Path | str | None, progress: bool) -> Result:
+    target = records.Run.create(config, Path(root) if root is not None else None)
+    try:
+        with reporter(progress) as report:
+            extra = restarts.collect(config, target, report)
+        target.finish("complete", extra=extra)
+    except BaseException as error:
+        fail(target, error)
+        raise
+    return Result.open(target.path)
+
+
 def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, target: records.Run,
-             report: Report) -> dict[str, Any]:
+             report: Report, process: int) -> dict[str, Any]:
+    report("measuring the machine's limits", 0, 1)
+    rates = roofline.measure(model.device, model.dtype, roofline.work(model, context=1).bytes)
+    limits = roofline.of_run(model, config.lengths, config.new_tokens, rates)
     with contextlib.ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
         wanted = cells(config)
@@ -160,12 +184,15 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
             _require_agreement(runtimes, prompts, config)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
+        telemetry = stack.enter_context(Telemetry(model.device.index or 0 if model.device.type == "cuda" else None))
         started, done = time.monotonic(), 0
-        for done, rows in enumerate(measure.rounds(runtimes, prompts, config), start=1):
+        for done, rows in enumerate(measure.rounds(runtimes, prompts, config, process=process, telemetry=telemetry),
+                                    start=1):
             target.append(rows)
             _check_undisturbed(rows)
             report(_remaining(done, time.monotonic() - started, config), done, config.repeats)
-        return {"rounds": done, "measured_s": round(time.monotonic() - started, 1),
+        return {"rounds": done, "measured_s": round(time.monotonic() - started, 1), "roofline": limits,
+                "during": telemetry.summary(),
                 "counters": {arm: dict(runtime.counters.as_dict()) for arm, runtime in runtimes.items()}}
 
 
@@ -181,6 +208,9 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
         values = getattr(config, name)
         if isinstance(values, tuple) and len(set(values)) != len(values):
             raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
+    if config.restarts > config.repeats:
+        raise ConfigError(f"restarts is {config.restarts}", f"{config.repeats} rounds are shared by them",
+                          "give at least as many repeats")
     require_steps(config, on_cpu=models.resolve_device(config.device).type == "cpu")
     return config
 
@@ -255,41 +285,5 @@ def _remaining(done: int, elapsed_s: float, config: RunConfig) -> str:
     return f"round {done} of {config.repeats}, {left:.0f} s left"
 
 
-@contextlib.contextmanager
-def reporter(progress: bool) -> Iterator[Report]:
-    """Progress for where it is seen: a bar on a terminal, one line that is replaced in a notebook, else a log."""
-    if progress and _in_kernel():
-        yield _notebook_line()
-    elif progress and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        bar = Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True)
-        with bar:
-            task = bar.add_task("")
-            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-    else:
-        yield _log_line(EVERY_S)
-
-
-def _in_kernel() -> bool:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is not None and hasattr(shell, "kernel")
-
-
-def _notebook_line() -> Report:
-    from IPython.display import display
-
-    handle = display({"text/plain": "starting"}, raw=True, display_id=True)
-    return lambda what, done, total: handle.update({"text/plain": what}, raw=True)
-
-
-def _log_line(every_s: float) -> Report:
-    last = [float("-inf")]
-
-    def report(what: str, done: int, total: int) -> None:
-        if time.monotonic() - last[0] >= every_s:
-            last[0] = time.monotonic()
-            log.info(what)
-
-    return report
+if __name__ == "__main__":  # one of several processes of a run, see `restarts`
+    run(**restarts.asked(sys.stdin, json.loads), progress=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridlab import loop, tape
+from hybridlab.ranges import span
 from hybridlab.tape import Tape
 
 CAPTURE_MODES = ("thread_local", "relaxed", "global")  # of CUDA: whose forbidden calls end a capture
@@ -239,8 +240,13 @@ class CudaGraph:
         self._pieces.instantiate_ms += (time.perf_counter() - start) * 1e3
 
     def replay(self) -> None:
-        for part in self._pieces.parts:
-            part()
+        parts = self._pieces.parts
+        if len(parts) == 1:
+            parts[0]()
+        else:
+            for number, part in enumerate(parts):
+                with span("segment", number):
+                    part()
         self._replayed.record()
 
     def reset(self) -> None:

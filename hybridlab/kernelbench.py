@@ -15,6 +15,7 @@ import typer
 from hybridlab import terminal
 from hybridlab.config import VARIANTS, BenchConfig, as_dict
 from hybridlab.errors import ConfigError, RunError
+from hybridlab.progress import reporter
 from hybridlab.terminal import option
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(config: BenchConfig | Mapping[str, Any], root: Path | str | None = None,
     from hybridlab import experiment, records
     from hybridlab.kernellab import KernelResult, Lab
 
-    with (experiment.reporter(progress) as report,
+    with (reporter(progress) as report,
           experiment.threads(checked.config.threads, on_cpu=checked.device.type == "cpu")):
         target = records.Run.create(checked.config, Path(root) if root is not None else None)
         try:

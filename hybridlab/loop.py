@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache, partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridlab import gpus
+from hybridlab.config import RuntimeConfig
+from hybridlab.errors import ConfigError
 from hybridlab.tape import Tape
 
 BINDINGS = 13  # the first major version of cuda.bindings with these signatures
 DRIVER = 12040  # of CUDA, from which conditional nodes may loop
-LIBRARY = "libcudadevrt.a"
 SOURCE = rb"""
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 extern "C" __global__ void go_on(const long long *state, unsigned long long handle) {
@@ -36,6 +36,19 @@ def problem(device: torch.device) -> str | None:
     return _problem() if device.type == "cuda" else None
 
 
+def wanted(config: RuntimeConfig, device: torch.device) -> bool:
+    """Whether the graph of several steps holds one that it repeats, rather than all side by side.
+
+    Raises `ConfigError` if that is asked for and cannot be.
+    """
+    if config.steps == 1 or config.repeat == "unrolled":
+        return False
+    why_not = problem(device)
+    if why_not and config.repeat == "while":
+        raise ConfigError("repeat is 'while'", why_not, "use repeat='unrolled'")
+    return why_not is None
+
+
 @cache
 def _problem() -> str | None:
     try:
@@ -48,19 +61,8 @@ def _problem() -> str | None:
     version = _done(driver.cuDriverGetVersion())
     if version < DRIVER:
         return f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}; graphs loop from 12.4 on"
-    return None if _library() else f"{LIBRARY} of the CUDA toolkit was not found; CUDA_HOME may say where that is"
-
-
-def _library() -> Path | None:
-    """The library that holds what the kernel below calls: with the toolkit, or with the packages PyTorch came with."""
-    places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places += [Path("/usr/local/cuda")]
-    if (spec := find_spec("nvidia")) is not None:
-        places += [folder for root in spec.submodule_search_locations or () for folder in sorted(Path(root).iterdir())]
-    for place in places:
-        for inner in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-            if (found := place / inner / LIBRARY).is_file():
-                return found
+    if gpus.device_runtime() is None:
+        return f"{gpus.DEVICE_RUNTIME} of the CUDA toolkit was not found; CUDA_HOME may say where that is"
     return None
 
 
@@ -86,7 +88,7 @@ def _kernel(context: int) -> Any:
     link = _done(driver.cuLinkCreate(0, [], []))
     kinds = driver.CUjitInputType
     _done(driver.cuLinkAddData(link, kinds.CU_JIT_INPUT_PTX, code, len(code), b"go_on", 0, [], []))
-    _done(driver.cuLinkAddFile(link, kinds.CU_JIT_INPUT_LIBRARY, os.fsencode(str(_library())), 0, [], []))
+    _done(driver.cuLinkAddFile(link, kinds.CU_JIT_INPUT_LIBRARY, os.fsencode(str(gpus.device_runtime())), 0, [], []))
     image, size = _done(driver.cuLinkComplete(link))
     module = _done(driver.cuModuleLoadData(ctypes.string_at(int(image), size)))
     _done(driver.cuLinkDestroy(link))

@@ -46,7 +46,7 @@ class LoweredExecutor:
         self.controls = Controls(model.device, self.namespace)
         self.tokens = Readback(self.controls.token, config.run_ahead + 1)
         self.ring = Ring(self.controls.token, config.run_ahead + config.steps)
-        self.looping = loops(config, model.device)
+        self.looping = loop.wanted(config, model.device)
         self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
         self.logits = torch.zeros(model.config.vocab_size, device=model.device)
         self.prompt = torch.zeros(max_len, dtype=torch.int64, device=model.device)
@@ -95,6 +95,7 @@ class LoweredExecutor:
                                "make a new Runtime, or change weights in place with copy_()")
 
     def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
+        self.tokens.start()
         self.controls.set(sampling, self.model.config.vocab_size)
         if self.config.steps > 1:
             self.ring.start(stop)
@@ -138,6 +139,9 @@ class LoweredExecutor:
             self.lookup.first_token(step.path, (time.perf_counter() - self.asked_at) * 1e3)
             self.asked_at = None
         return token
+
+    def device_ms(self, count: int) -> list[float]:
+        return [] if self.config.steps > 1 else self.tokens.device_ms(count)
 
     def _launch(self, phase: str, rows: int) -> Launched:
         program = self.program(phase, rows)
@@ -279,19 +283,6 @@ def fuses(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> bool:
     if problem is not None and config.kernels == "fused":
         raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
     return problem is None and (config.kernels == "fused" or model.device.type == "cuda")
-
-
-def loops(config: RuntimeConfig, device: torch.device) -> bool:
-    """Whether the graph of several steps holds one that it repeats, rather than all side by side.
-
-    Raises `ConfigError` if that is asked for and cannot be.
-    """
-    if config.steps == 1 or config.repeat == "unrolled":
-        return False
-    problem = loop.problem(device)
-    if problem and config.repeat == "while":
-        raise ConfigError("repeat is 'while'", problem, "use repeat='unrolled'")
-    return problem is None
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from hybridlab import paths
-from hybridlab.config import RunConfig, cells, policy_name
+from hybridlab import paths, ranges, tails
+from hybridlab.cells import cells
+from hybridlab.config import RunConfig, policy_name
 from hybridlab.errors import MeasureError, PromptError
 
 if TYPE_CHECKING:
     from hybridlab.runtime import Runtime
+    from hybridlab.telemetry import Telemetry
+    from hybridlab.tokens import Output
 
 Row = dict[str, Any]
 
@@ -58,71 +62,138 @@ def warm_up(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], c
     """
     for runtime in runtimes.values():
         runtime.warm_up(sorted(prompts), temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    with frozen_heap():
+    with frozen_heap(), tails.Watch() as watch:
         for number in range(config.warmup):
             itl = number == 0 and config.itl_repeats > 0
-            for arm, length, metric in _order(runtimes, prompts, config, round_=number, itl=itl):
-                _serve(runtimes[arm], prompts[length], metric, config)
+            for arm, length, protocol in _order(runtimes, prompts, config, round_=number, itl=itl):
+                _serve(runtimes[arm], prompts[length], protocol, config, watch)
             step(number + 1)
 
 
-def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig, *,
-           clock: Callable[[], float] = time.monotonic) -> Iterator[list[Row]]:
+class TTFT:
+    """Time to first token: one request for one new token.
+
+    Inside the clock: from token ids on the host, sampling settings to the device and the prompt copied there, prefill,
+    the draw, until the new token id is on the host. By the device's clock: from the first of this work that the device
+    does until the id has left it. Outside: tokenising, decoding to text, garbage collection, rows.
+    """
+
+    metric = "ttft"
+
+    @staticmethod
+    def tokens(config: RunConfig) -> int:
+        """New tokens that a request asks for."""
+        return 1
+
+    @staticmethod
+    def timed(out: Output) -> list[tuple[int, float]]:
+        """Index of each timed token and its ms."""
+        return [(0, out.ttft_ms)]
+
+
+class ITL:
+    """Gaps between tokens: one request for `new_tokens`; a row a gap, so that position and generation length are known.
+
+    Inside the clock: from when the next token is asked for, at once after this one was on the host, launching
+    of decode steps, `run_ahead` of them beyond the next token, until its id is on the host. By the device's clock: from
+    one id leaving it to the next. Outside: the first token, a TTFT; decoding to text, garbage collection, rows.
+    """
+
+    metric = "itl"
+
+    @staticmethod
+    def tokens(config: RunConfig) -> int:
+        """New tokens that a request asks for."""
+        return config.new_tokens
+
+    @staticmethod
+    def timed(out: Output) -> list[tuple[int, float]]:
+        """Index of each timed token and its ms."""
+        return list(enumerate(out.itl_ms, start=1))
+
+
+Protocol = type[TTFT] | type[ITL]
+
+
+def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig, *, process: int = 0,
+           telemetry: Telemetry | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[list[Row]]:
     """Yields the rows of one finished round at a time, until `config.repeats` rounds or `config.budget_s` are over.
 
-    A round holds one TTFT request (one new token) for every arm and prompt length and, in the first
-    `config.itl_repeats` rounds, one ITL request (`config.new_tokens` tokens). Their order is drawn from the seed, anew
-    for each round, over all arms and lengths together, so that drift and disturbances meet every arm alike.
-
-    Inside the clock, which is the runtime's own: token ids on the host, to the first new token id on the host (TTFT),
-    and from each new token id on the host to the next (ITL; its first token is left out, that one is a TTFT).
-    Outside: tokenising, decoding to text, garbage collection (done before each request and off during it), and
-    writing rows. The end token does not end a request, so all arms generate equally many tokens.
+    A round holds one TTFT request for every arm and prompt length and, in the first `config.itl_repeats` rounds, one
+    ITL request. Their order is drawn from the seed, anew for each round and `process`, over all arms and lengths
+    together, so that drift and disturbances meet every arm alike. The clock is the runtime's own; garbage is collected
+    before each request and not during it. The end token does not end a request, so all arms generate equally many.
 
     The budget is looked at between rounds only: the round in which it runs out is finished, and one is always made.
     Rows are those of `schemas.ABLATION` without `run_id`. Captures and compilations that happened during the request
-    are counted in each of its rows; a valid timed region has none.
+    are counted in each of its rows; a valid timed region has none. Clocks and power are read between requests.
     """
     started, request, named = clock(), 0, cells(config)
-    with frozen_heap():
+    profiled = ranges.listening()
+    with frozen_heap(), tails.Watch() as watch:
         for number in range(config.repeats):
             if number and clock() - started >= config.budget_s:
                 return
             rows: list[Row] = []
-            order = _order(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats)
-            for arm, length, metric in order:
-                served = _serve(runtimes[arm], prompts[length], metric, config)
+            order = _order(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats,
+                           process=process)
+            for arm, length, protocol in order:
+                served = _serve(runtimes[arm], prompts[length], protocol, config, watch)
                 common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm].policy),
-                          "prompt_tokens": length}
+                          "prompt_tokens": length, "process": process, "profiled": profiled}
                 rows += [common | row for row in served]
                 request += 1
-            yield rows
+                if telemetry is not None:
+                    telemetry.sample()
+            yield explained(rows, watch, telemetry)
+
+
+def explained(rows: list[Row], watch: tails.Watch, telemetry: Telemetry | None = None) -> list[Row]:
+    """The rows of a round, each with what happened meanwhile."""
+    ended, ms = [row["ended_ns"] for row in rows], [row["ms"] for row in rows]
+    happenings = watch.happenings()
+    changes = telemetry.clock_changes(since_ns=min(ended) - int(max(ms) * 1e6)) if telemetry is not None else []
+    if len(changes):
+        happenings = pd.concat([happenings, changes]) if len(happenings) else changes
+    watch.forget(max(ended))
+    found = tails.during(pd.DataFrame({"ms": ms, "end_ns": ended}), happenings)
+    return [row | {"happened": what, "happened_ms": taken} for row, what, taken in zip(
+        rows, found["happened"].tolist(), found["happened_ms"].tolist(), strict=True)]
 
 
 def _order(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig, *, round_: int,
-           itl: bool) -> list[tuple[str, int, str]]:
-    metrics = ("ttft", "itl") if itl else ("ttft",)
-    requests = [(arm, length, metric) for metric in metrics for length in prompts for arm in runtimes]
-    shuffled = np.random.default_rng([config.seed, round_]).permutation(len(requests))
+           itl: bool, process: int = 0) -> list[tuple[str, int, Protocol]]:
+    protocols: tuple[Protocol, ...] = (TTFT, ITL) if itl else (TTFT,)
+    requests = [(arm, length, protocol) for protocol in protocols for length in prompts for arm in runtimes]
+    shuffled = np.random.default_rng([config.seed, round_, process]).permutation(len(requests))
     return [requests[i] for i in shuffled]
 
 
-def _serve(runtime: Runtime, ids: list[int], metric: str, config: RunConfig) -> list[Row]:
-    count = 1 if metric == "ttft" else config.new_tokens
+def _serve(runtime: Runtime, ids: list[int], protocol: Protocol, config: RunConfig, watch: tails.Watch) -> list[Row]:
+    count, ended = protocol.tokens(config), list[int]()
     before = runtime.counters.as_dict()
     with quiet_collector():
+        watch.sample()
         out = runtime.generate(ids, max_new_tokens=count, temperature=config.temperature, top_k=config.top_k,
-                               top_p=config.top_p, seed=config.seed, stop=[])
+                               top_p=config.top_p, seed=config.seed, stop=[],
+                               each=lambda: ended.append(watch.sample()))
     after = runtime.counters.as_dict()
-    if not len(out.ids) == len(out.paths) == len(out.reasons) == len(out.itl_ms) + 1 == count:
+    if not len(out.ids) == len(out.paths) == len(out.reasons) == len(out.itl_ms) + 1 == len(ended) == count:
         raise MeasureError(f"{count} tokens were asked for, the runtime answered with {len(out.ids)}",
                            f"{len(out.itl_ms)} gaps, {len(out.paths)} paths, {len(out.reasons)} reasons",
                            "a request that ends early cannot be compared; report this as a fault of the runtime")
-    common = {"bucket": out.bucket, "metric": metric}
-    common |= {name: int(after.get(name, 0) - before.get(name, 0)) for name in ("captures", "compiles")}
-    timed = [(0, out.ttft_ms)] if metric == "ttft" else list(enumerate(out.itl_ms, start=1))
-    return [common | {"index": index, "position": len(ids) + index, "ms": float(ms), "path": out.paths[index],
-                      "reason": out.reasons[index] or ""} for index, ms in timed]
+    happened = {name: int(after.get(name, 0) - before.get(name, 0)) for name in ("captures", "compiles")}
+    return answered(out, len(ids), protocol, ended, happened)
+
+
+def answered(out: Output, prompt_tokens: int, protocol: Protocol, ended: Sequence[int],
+             happened: Mapping[str, int]) -> list[Row]:
+    """A row a timed token of what a request answered; `ended`: stamps of all its tokens, `happened`: counters."""
+    common = {"bucket": out.bucket, "metric": protocol.metric, **happened}
+    return [common | {"index": index, "position": prompt_tokens + index, "ms": float(ms), "path": out.paths[index],
+                      "reason": out.reasons[index] or "", "ended_ns": ended[index],
+                      "device_ms": out.device_ms[index] if out.device_ms else None}
+            for index, ms in protocol.timed(out)]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridlab import checkpoint
 from hybridlab.architectures import ARCHITECTURES
-from hybridlab.config import CacheConfig, RunConfig
+from hybridlab.config import CacheConfig, RunConfig, TraceConfig
 from hybridlab.errors import ModelError, PromptError, nearest
 from hybridlab.paths import data_dir
 
@@ -57,14 +57,17 @@ def context(name: str) -> int | None:
     return found.get("max_position_embeddings") if found else None
 
 
-def require_fit(config: RunConfig | CacheConfig, tokens: int | None) -> None:
+def require_fit(config: RunConfig | CacheConfig | TraceConfig, tokens: int | None) -> None:
     """Raise `PromptError` if the longest request of an experiment is longer than the context of `tokens`.
 
     Of a trace only `cost_lengths` are looked at here: `workload` clips what it makes and checks what it reads.
     """
-    prompt = max(config.lengths if isinstance(config, RunConfig) else (*config.cost_lengths, 1))
-    longest = prompt + config.new_tokens
-    if tokens is not None and longest > tokens:
-        what = "lengths" if isinstance(config, RunConfig) else "cost_lengths"
-        raise PromptError(f"prompt length {prompt} + new_tokens {config.new_tokens} = {longest}",
-                          f"the context of {config.model} holds {tokens} tokens", f"lower {what} or new_tokens")
+    if isinstance(config, TraceConfig):
+        what, more, prompt, new = "length", "traced_tokens", config.length, config.traced_tokens
+    elif isinstance(config, RunConfig):
+        what, more, prompt, new = "lengths", "new_tokens", max(config.lengths), config.new_tokens
+    else:
+        what, more, prompt, new = "cost_lengths", "new_tokens", max(*config.cost_lengths, 1, 1), config.new_tokens
+    if tokens is not None and prompt + new > tokens:
+        raise PromptError(f"prompt length {prompt} + {more} {new} = {prompt + new}",
+                          f"the context of {config.model} holds {tokens} tokens", f"lower {what} or {more}")

@@ -19,8 +19,9 @@ import nbformat
 
 from hybridlab.config import as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
+from hybridlab.manifests import MANIFEST
 from hybridlab.parameters import Experiment, code_cells, defaults, read_notebook, settings
-from hybridlab.records import MANIFEST, RUN_VARIABLE, Run, atomic_write
+from hybridlab.records import RUN_VARIABLE, Run, atomic_write
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager

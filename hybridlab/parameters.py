@@ -13,13 +13,13 @@ import msgspec
 import nbformat
 
 from hybridlab.buckets import ladder
-from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, build
+from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, TraceConfig, build
 from hybridlab.errors import ConfigError, NotebookError, choose, nearest
 from hybridlab.names import context, require_fit
 from hybridlab.workload import require_known
 
-Experiment = RunConfig | CacheConfig | BenchConfig  # what a notebook's parameters can be fields of
-KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig)
+Experiment = RunConfig | CacheConfig | BenchConfig | TraceConfig  # what a notebook's parameters can be fields of
+KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig, TraceConfig)
 OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
 IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect
@@ -118,7 +118,8 @@ def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str
         bench = timed(values)
         require_held(bench, context(bench.model))
         return bench
-    config = build(CacheConfig, values) if kind is CacheConfig else build(RunConfig, values)
+    config = build(kind, values)
+    assert not isinstance(config, BenchConfig)
     require_fit(config, context(config.model))
     if isinstance(config, CacheConfig):
         require_known(config.trace)

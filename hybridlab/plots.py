@@ -1,4 +1,7 @@
-"""Rows of one run as interactive Plotly figures, also as files without a browser. Never imports torch."""
+"""Rows of one run as interactive Plotly figures, also as files without a browser. Never imports torch.
+
+`floors`, those of `roofline.floors`, add the least time that the machine allows, as a dashed line.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from hybridlab import looks, static, stats
+from hybridlab import limits, looks, static, stats
 from hybridlab.config import ARMS, POLICIES
 from hybridlab.errors import ConfigError, StatisticsError, choose
 from hybridlab.records import atomic_write
@@ -27,15 +30,16 @@ TOGETHER = 32               # positions that share one median
 MEDIAN_NEEDS = stats.needed(0.5)
 
 
-def ttft_by_length(rows: pd.DataFrame, caption: str) -> go.Figure:
+def ttft_by_length(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Median time to first token over the prompt length, a line an arm, bars: 95 % intervals."""
     figure = frame("Time to first token by prompt length", caption,
                      "points: medians; " + _n_note(rows, "ttft", "a point"))
     _ttft(figure, _metric(rows, "ttft"))
+    limits.by_length(figure, floors)
     return looks.one_entry_an_arm(figure)
 
 
-def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
+def itl_by_arm(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Distribution of the gaps for each arm as the share that is longer, which shows the tail; p50, p99, intervals."""
     own = _metric(rows, "itl")
     figure = frame("Gap between two tokens, all prompt lengths pooled", caption,
@@ -51,13 +55,13 @@ def itl_by_arm(rows: pd.DataFrame, caption: str) -> go.Figure:
             if len(sample) >= stats.needed(q):
                 _mark(figure, arm, stats.quantile(sample, q), q)
     least = 100 / own.groupby("arm").size().max()
-    _log_axis(figure.update_xaxes, "gap between two tokens (ms, logarithmic)", own["ms"].min(), own["ms"].max(),
-              (1, 2, 5))
+    times = [float(own["ms"].min()), float(own["ms"].max()), *limits.upright(figure, own, floors, least * 0.8, 120)]
+    _log_axis(figure.update_xaxes, "gap between two tokens (ms, logarithmic)", min(times), max(times), (1, 2, 5))
     _log_axis(figure.update_yaxes, "gaps that take this long or longer (%)", least * 0.8, 120, (1,), (50,))
     return looks.one_entry_an_arm(figure)
 
 
-def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
+def itl_by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Gaps over the position of their token: single gaps as dots, and a line of medians of 32 gaps in a row."""
     own = _metric(rows, "itl")
     top = _top(own["ms"].quantile(0.995))
@@ -77,10 +81,11 @@ def itl_by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
         _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
     figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")
     figure.update_yaxes(title_text="gap between two tokens (ms)", range=[0, top])
+    limits.by_position(figure, floors)
     return looks.one_entry_an_arm(figure)
 
 
-def ablation(rows: pd.DataFrame, caption: str) -> go.Figure:
+def ablation(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """The four arms side by side: TTFT by prompt length on the left, gaps between tokens on the right."""
     has_itl = (rows["metric"] == "itl").any()
     note = "markers: medians; " + _n_note(rows, "ttft", "a point on the left")
@@ -91,8 +96,10 @@ def ablation(rows: pd.DataFrame, caption: str) -> go.Figure:
     figure.update_layout(xaxis_domain=[0, left], xaxis2={"domain": [left + 0.12, 1], "anchor": "y2", **AXIS},
                          yaxis2={"anchor": "x2", **AXIS})
     _ttft(figure, _metric(rows, "ttft"))
+    limits.by_length(figure, floors, *(["itl"] if has_itl else []))
     if has_itl:
         _itl_panel(figure, _metric(rows, "itl"))
+        limits.across(figure, _metric(rows, "itl"), floors)
     return looks.one_entry_an_arm(figure)
 
 

@@ -7,14 +7,14 @@ does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 import nvtx
 
-Category = Literal["prefill", "decode", "replay", "jit", "eager", "sampling", "capture"]
+Category = Literal["prefill", "decode", "replay", "segment", "jit", "eager", "sampling", "capture"]
 PREFIX = "hybridlab."  # of a range's name in a profiler that has no domains
 
 
@@ -41,7 +41,7 @@ class _Span:
     def __enter__(self) -> None:
         name = f"{self.category} {self.detail}".rstrip()
         if _record is not None:
-            self.mirror = _record(PREFIX + name, None if self.payload is None else str(self.payload))
+            self.mirror = _record(PREFIX + name + ("" if self.payload is None else f" #{self.payload}"))
             self.mirror.__enter__()
         attributes = _domain.get_event_attributes(message=name, category=self.category, payload=self.payload)
         _domain.push_range(attributes)
@@ -60,17 +60,20 @@ def listening() -> bool:
 
 def span(category: Category, payload: int | None = None, detail: str = "") -> AbstractContextManager[None]:
     """A range around a block: its category names it, with `detail` behind; `payload` is the position in the sequence of
-    prefill and decode, and rows of a capture."""
+    prefill and decode, and the number of a segment between cuts of a graph."""
     return _Span(category, payload, detail) if _LISTENING or _record is not None else _IDLE
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Inside, PyTorch's profiler sees each span too, as a user annotation named `PREFIX` and the span's name."""
+def recorded(record: Callable[[str], Any] | None = None) -> Iterator[None]:
+    """Inside, each span also enters what `record` makes of `PREFIX`, its name and " #" with its payload: by default an
+    annotation for PyTorch's profiler, whose traces hold no arguments."""
     global _record
-    from torch.profiler import record_function
+    if record is None:
+        from torch.profiler import record_function
 
-    before, _record = _record, record_function
+        record = record_function
+    before, _record = _record, record
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,28 +24,48 @@ class Readback:
     """
 
     def __init__(self, token: Tensor, depth: int) -> None:
-        self.token, self.depth, self._next = token, depth, 0
+        self.token, self.depth, self._sent = token, depth, 0
         self._cuda = token.device.type == "cuda"
         self._host = torch.zeros(depth, dtype=torch.int64, pin_memory=self._cuda)
-        self._arrived = [torch.cuda.Event() for _ in range(depth)] if self._cuda else []
+        self._events: list[torch.cuda.Event] = []  # of a request: its beginning, and each value on the host
+        self.start()
+
+    def start(self) -> None:
+        """A request begins; the numbers of its values do too."""
+        self._sent = 0
+        self._mark(0)
 
     def send(self) -> int:
-        """Send what the launched steps leave in `token`; returns the place to read it from."""
-        place, self._next = self._next, (self._next + 1) % self.depth
+        """Send what the launched steps leave in `token`; returns the number to read it by."""
+        number, self._sent = self._sent, self._sent + 1
+        place = number % self.depth
         self._host[place:place + 1].copy_(self.token, non_blocking=True)
-        if self._cuda:
-            self._arrived[place].record()
-        return place
+        self._mark(self._sent)
+        return number
 
-    def arrived(self, place: int) -> bool:
+    def arrived(self, number: int) -> bool:
         """Whether `read` would not wait."""
-        return not self._cuda or self._arrived[place].query()
+        return not self._cuda or self._events[number + 1].query()
 
-    def read(self, place: int) -> int:
-        """The value sent to `place`; waits until it has arrived."""
+    def read(self, number: int) -> int:
+        """The value of this number; waits until it has arrived."""
         if self._cuda:
-            self._arrived[place].synchronize()
-        return int(self._host[place])
+            self._events[number + 1].synchronize()
+        return int(self._host[number % self.depth])
+
+    def device_ms(self, count: int) -> list[float]:
+        """By the device's clock, ms from the request's start to its first value and from each to the next, of the
+        first `count` values, which were read; nothing on a CPU."""
+        if not self._cuda:
+            return []
+        return [before.elapsed_time(after) for before, after in pairwise(self._events[:count + 1])]
+
+    def _mark(self, index: int) -> None:
+        if not self._cuda:
+            return
+        if index == len(self._events):  # kept for later requests: making one takes longer than recording it
+            self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[index].record()
 
 
 class Ring:

@@ -5,7 +5,6 @@ Every file is written whole or not at all. Rows arrive as one part a round, so t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -22,19 +21,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridlab import environment, paths, schemas
-from hybridlab.config import BenchConfig, CacheConfig, RunConfig, as_dict, build
+from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.errors import RunError
+from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, hashes, verify
 
 Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
-MANIFEST, ROWS, PARTS, CONFIG, ENVIRONMENT, FAILURE = (
-    "manifest.json", "rows.parquet", "parts", "config.json", "environment.json", "failure.json")
-TEMPORARY = ".writing-"
+PARTS, FAILURE = "parts", "failure.json"
 
-Config = RunConfig | CacheConfig | BenchConfig
+Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
     "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE),
-    "kernels": (BenchConfig, schemas.KERNELS)}
+    "kernels": (BenchConfig, schemas.KERNELS), "trace": (TraceConfig, schemas.TRACE),
+    "system": (SystemConfig, schemas.SYSTEM)}
+
+NULLABLE = {pa.int64(): "Int64", pa.bool_(): "boolean"}  # pandas would make floats and objects of these
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Recorded:
     status: str
     reason: str
     rows: pd.DataFrame
+    extra: dict[str, Any]
 
 
 class Run:
@@ -111,7 +113,7 @@ class Run:
         if (self.path / FAILURE).exists() and status == "complete":
             status, reason = "failed", str(_load(self.path / FAILURE).get("reason", ""))
         manifest = {"run_id": self.id, "status": status, "reason": reason, "rows": merged, "started": self._started,
-                    "finished": _now(), "files": _hashes(self.path), "extra": dict(extra or {})}
+                    "finished": _now(), "files": hashes(self.path), "extra": dict(extra or {})}
         atomic_write(self.path / MANIFEST, _json(manifest))
         return status
 
@@ -128,16 +130,18 @@ def read(path: Path | str) -> Recorded:
                                 "reason": f"{MANIFEST} was never written: the run is going on or was killed"}
     if (path / MANIFEST).exists():
         manifest = _load(path / MANIFEST)
-        _verify(path, manifest)
+        verify(path, manifest)
     table = _rows(path)
     if "rows" in manifest and manifest["rows"] != table.num_rows:
         raise RunError(f"{path / ROWS} holds {table.num_rows} rows", f"its manifest says {manifest['rows']}",
                        "restore the files of this run")
-    frame = table.to_pandas().astype({field.name: "Int64" for field in table.schema if field.nullable})
+    frame = table.to_pandas().astype({field.name: NULLABLE[field.type] for field in table.schema
+                                      if field.nullable and field.type in NULLABLE})
     found = kind(path)
     config = {name: value for name, value in _load(path / CONFIG).items() if name != "kind"}
     return Recorded(path, str(manifest["run_id"]), found, build(KINDS[found][0], config),
-                    _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame)
+                    _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame,
+                    dict(manifest.get("extra") or {}))
 
 
 def kind(path: Path) -> str:
@@ -157,7 +161,7 @@ def keep(path: Path, target: Path) -> None:
         shutil.copyfile(path / name, target / name)
     environment = _load(path / ENVIRONMENT)
     atomic_write(target / ENVIRONMENT, _json(environment | {"failed": sorted(environment.get("failed", ()))}))
-    atomic_write(target / MANIFEST, _json(_load(path / MANIFEST) | {"files": _hashes(target)}))
+    atomic_write(target / MANIFEST, _json(_load(path / MANIFEST) | {"files": hashes(target)}))
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -208,11 +212,11 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         wrong = known.symmetric_difference(row)
         if wrong:
             raise RunError(f"a row has the wrong fields: {', '.join(sorted(wrong))}", "", f"fields are {schema.names}")
-        if not 0 <= row["ms"] < float("inf"):
+        if not 0 <= row.get("ms", 0.0) < float("inf"):
             raise RunError(f"a row has ms = {row['ms']}", f"{row['metric']}, request {row['request']}",
                            "a time is finite and not negative")
     try:
-        table = pa.Table.from_pylist(rows, schema=schema)
+        table = pa.Table.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
         table.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise RunError("a row does not fit the schema", str(error)) from None
@@ -235,10 +239,20 @@ def _rows(path: Path) -> pa.Table:
     schema, tables = KINDS[kind(path)][1], []
     for file in files:
         try:
-            tables.append(pq.ParquetFile(file).read().cast(schema))
+            tables.append(_cast(pq.ParquetFile(file).read(), schema))
         except (pa.ArrowException, ValueError) as error:
             raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in today's columns: optional ones that were not known when it was recorded are empty."""
+    for field in schema:
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    if set(table.column_names) != set(schema.names):
+        raise ValueError(f"its columns are {', '.join(table.column_names)}")
+    return table.select(schema.names).cast(schema)
 
 
 def _merge(path: Path) -> int:
@@ -247,34 +261,6 @@ def _merge(path: Path) -> int:
         atomic_write(path / ROWS, _parquet(table))
     shutil.rmtree(path / PARTS, ignore_errors=True)
     return int(table.num_rows)
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(TEMPORARY))
-    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(path: Path, manifest: dict[str, Any]) -> None:
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest):
-        raise RunError(f"{path / MANIFEST} is no manifest", "fields are missing", "restore this file of the run")
-    for name, digest in files.items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise RunError(f"{path / MANIFEST} names {name!r}", "it lies outside the run", "do not trust this run")
-        if not file.is_file():
-            raise RunError(f"{file} is missing", f"{MANIFEST} lists it", "restore the files of this run")
-        if _sha256(file) != digest:
-            raise RunError(f"{file} was changed after the run", "its sha256 differs from the manifest",
-                           "restore the file; a measured run is never edited")
-    if ROWS not in files or CONFIG not in files or ENVIRONMENT not in files:
-        raise RunError(f"{path / MANIFEST} does not list {ROWS}, {CONFIG} and {ENVIRONMENT}", "",
-                       "restore this file of the run")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab import plots
-from hybridlab.config import cells
-from hybridlab.stats import needed
+from hybridlab import limits, plots
+from hybridlab.cells import cells
+from hybridlab.stats import Estimate, needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 NONE = "–"
 WHOLE = 24  # letters in the first column of a table; longer names are broken after commas
 WORDS = {"ttft": "time to first token", "itl": "gap between tokens"}
+METRICS = tuple(WORDS)
+LIMIT = ("Limit: the least time for the bytes and FLOPs of a step at the read and matrix rates measured in the same "
+         "run; of limit: the limit over the time")
 
 
 @dataclass(frozen=True)
@@ -54,34 +57,47 @@ class Grid:
 
 
 def ablation(result: Result) -> Grid:
-    """All prompt lengths pooled: one row an arm, TTFT and ITL at p50 and p99, and how many times faster than eager."""
-    cells = _cells(result.table())
-    rows = []
+    """All prompt lengths pooled: one row an arm, TTFT and ITL at p50 and p99, and how many times faster than eager;
+    with floors also the least time that the machine allows and the share of it reached."""
+    cells, floors, rows = _cells(result.table()), result.floors, []
     for arm in _arms(result):
         row = [arm]
-        for metric in ("ttft", "itl"):
+        for metric in METRICS:
             cell = cells.get((arm, "all", metric), {})
             row += [interval(cell, "p50"), interval(cell, "p99"), "1" if arm == "eager" else _ratio(cell)]
+            if floors is not None:
+                own = result.rows[(result.rows["arm"] == arm) & (result.rows["metric"] == metric)]
+                row += [_number(limits.floor(own, floors)), _share(limits.share(own, floors))]
         rows.append(row)
-    header = ["arm", "TTFT p50, ms", "TTFT p99, ms", "× eager", "ITL p50, ms", "ITL p99, ms", "× eager"]
+    more = [] if floors is None else ["limit, ms", "of limit"]
+    header = ["arm", *(f"{name}{word}" for metric in METRICS for name, words in (
+        (f"{metric.upper()} ", ["p50, ms", "p99, ms"]), ("", ["× eager", *more])) for word in words)]
     return Grid(f"Ablation · {result.caption}", header, rows,
                 f"All prompt lengths pooled; 95 % intervals; p99 only where n ≥ {needed(0.99)}; "
-                "× eager is how many times faster than eager in the same interleaved run.")
+                "× eager is how many times faster than eager in the same interleaved run."
+                + ("" if floors is None else f" {LIMIT}; both columns hold medians over the rows, each with its own "
+                                             "floor."))
 
 
 def by_length(result: Result, metric: str) -> Grid:
-    """One row a prompt length, one column an arm: the median of `metric` ("ttft" or "itl") and the ratio to eager."""
-    table = result.table()
-    cells = _cells(table)
-    arms = _arms(result)
-    lengths = sorted({length for _, length, kind in cells if kind == metric and length != "all"})
+    """One row a prompt length, one column an arm: the median of `metric` ("ttft" or "itl") and the ratio to eager; with
+    floors also a column of the least time that the machine allows, and the share of it reached."""
+    cells, floors = _cells(result.table()), result.floors
+    arms, own = _arms(result), result.rows[result.rows["metric"] == metric]
     rows = []
-    for length in lengths:
-        found = [cells.get((arm, length, metric), {}) for arm in arms]
-        rows.append([str(length), *(_with_ratio(cell, arm) for cell, arm in zip(found, arms, strict=True))])
-    header = ["prompt tokens", *(f"{arm}, ms" for arm in arms)]
+    for length in sorted({length for _, length, kind in cells if kind == metric and length != "all"}):
+        row = [str(length)] + ([] if floors is None else [_number(limits.of_length(floors, metric, length))])
+        for arm in arms:
+            text = _with_ratio(cells.get((arm, length, metric), {}), arm)
+            if floors is not None:
+                share = limits.share(own[(own["arm"] == arm) & (own["prompt_tokens"] == length)], floors)
+                text += f", {share.value:.0%}" if share else ""
+            row.append(text)
+        rows.append(row)
+    header = ["prompt tokens", *([] if floors is None else ["limit, ms"]), *(f"{arm}, ms" for arm in arms)]
     return Grid(f"{metric.upper()} by prompt length · {result.caption}", header, rows,
-                f"Median {WORDS[metric]} with 95 % interval, then how many times faster than eager.")
+                f"Median {WORDS[metric]} with 95 % interval, then how many times faster than eager"
+                + ("." if floors is None else f", then the share of the limit. {LIMIT}."))
 
 
 GRIDS: dict[str, Callable[[Result], Grid]] = {
@@ -104,7 +120,8 @@ def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS, p
     there = set(result.rows["metric"])
     for name, (metric, figure) in FIGURES.items():
         if metric in there:
-            yield from plots.write(figure(result.rows, result.caption), folder / f"{prefix}{name}", formats)
+            drawn = figure(result.rows, result.caption, result.floors)
+            yield from plots.write(drawn, folder / f"{prefix}{name}", formats)
 
 
 def _arms(result: Result) -> list[str]:
@@ -128,6 +145,14 @@ def interval(cell: dict[str, Any], name: str) -> str:
 def _ratio(cell: dict[str, Any]) -> str:
     value, low, high = _three(cell, "ratio_to_eager", "ratio_low", "ratio_high")
     return NONE if _absent(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else number(value)
+
+
+def _share(found: Estimate | None) -> str:
+    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]" if found else NONE
 
 
 def _with_ratio(cell: dict[str, Any], arm: str) -> str:

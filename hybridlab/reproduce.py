@@ -45,7 +45,8 @@ def steps(model: str, repeats: int, budget_s: float) -> list[Step]:
     return [Step(brief[0], {"model": model, "budget_s": 6.0}, START_S + COMPILE_S), *later,
             Step(ABLATION, ablation, START_S + COMPILE_S + budget_s),
             Step("06_partition", {"model": model, "budget_s": 6.0}, START_S + COMPILE_S),
-            Step("07_graph_cache", {"model": model, "budget_s": 15.0}, START_S + COMPILE_S + 15), *_kernels(model)]
+            Step("07_graph_cache", {"model": model, "budget_s": 15.0}, START_S + COMPILE_S + 15), *_kernels(model),
+            Step("09_traces", {"model": model}, START_S + COMPILE_S)]
 
 
 def _kernels(model: str) -> list[Step]:

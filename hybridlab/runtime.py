@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hybridlab import kernels, models
 from hybridlab.buckets import bucket_for, captured_ahead, ladder
-from hybridlab.config import Policy, RuntimeConfig, Sampling, build, require_possible
+from hybridlab.cells import require_possible
+from hybridlab.config import Policy, RuntimeConfig, Sampling, build
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
@@ -27,44 +27,9 @@ from hybridlab.machine import ridge
 from hybridlab.partitioning import partition
 from hybridlab.plan import Plan
 from hybridlab.request import Request, request
+from hybridlab.tokens import Output, Step, Token
 
 DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
-
-
-class Step(NamedTuple):
-    """One token on the host, the path that its forward took, and why."""
-
-    id: int
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Token:
-    """One new token: `path` is what ran its forward; `ms` is from the request (first token) or from the moment the
-    consumer asked for it (further tokens) until its id was on the host."""
-
-    id: int
-    text: str | None
-    path: str
-    ms: float
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What `generate` gives. `ids` are the new tokens, an end token included, as transformers' `generate` has it.
-
-    ttft_ms: token ids on the host → first new id on the host. itl_ms: the gaps between following ids.
-    """
-
-    ids: list[int]
-    text: str | None
-    ttft_ms: float
-    itl_ms: list[float]
-    paths: list[str]
-    reasons: list[str]
-    bucket: int | None
 
 
 class Runtime:
@@ -136,17 +101,21 @@ class Runtime:
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-                 stop: Iterable[int] | None = None) -> Output:
+                 stop: Iterable[int] | None = None, each: Callable[[], Any] | None = None) -> Output:
         """Continue `prompt` (text, or token ids). temperature 0 is greedy; stop=None stops at the model's own end
-        tokens, stop=[] never. Sampled tokens depend on (seed, position) only, so every arm draws the same ones."""
+        tokens, stop=[] never. Sampled tokens depend on (seed, position) only, so every arm draws the same ones.
+        `each` is called after every new id, outside of its time and of the next one's."""
         asked = self._request(prompt, max_new_tokens, stop, temperature, top_k, top_p, seed)
-        taken = list(self._serve(asked))
+        taken = []
+        for timed in self._serve(asked):
+            taken.append(timed)
+            if each is not None:
+                each()
         ids = [step.id for step, _ in taken]
         return Output(
             ids=ids, text=self._text(ids), ttft_ms=taken[0][1], itl_ms=[ms for _, ms in taken[1:]],
             paths=[step.path for step, _ in taken], reasons=[step.reason for step, _ in taken],
-            bucket=self.bucket_for(len(asked.ids)),
-        )
+            bucket=self.bucket_for(len(asked.ids)), device_ms=self._executor.device_ms(len(ids)))
 
     def stream(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0,

@@ -1,4 +1,4 @@
-"""The columns of each kind of recorded rows: of an ablation, of the graph cache, of the kernels of a decode step."""
+"""The columns of each kind of recorded rows: ablation, graph cache, kernels of a decode step, trace, system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
     return pa.schema([pa.field(name, types[kind], nullable=name in optional) for name, kind in pairs])
 
 
-# One row a timed token. bucket is null where none was used.
+# One row a timed token. bucket is null where none was used. The rest are null in runs recorded before there were any:
+#   process    of the processes that share the rounds, the number of the one that made this row.
+#   device_ms  the same interval by the device's clock; null on a CPU and with several steps a launch.
+#   ended_ns   when it ended, by time.perf_counter_ns of its process.
+#   happened   what happened meanwhile (tails.KINDS), with commas; happened_ms: of what was timed, the time it overlaps.
+#   profiled   a profiler listened: such times are no latencies.
 ABLATION = _schema(
     "run_id:str round:int request:int arm:str policy:str prompt_tokens:int bucket:int index:int position:int "
-    "metric:str ms:float path:str reason:str captures:int compiles:int", optional=("bucket",))
+    "metric:str ms:float path:str reason:str captures:int compiles:int process:int device_ms:float ended_ns:int "
+    "happened:str happened_ms:float profiled:bool",
+    optional=("bucket", "process", "device_ms", "ended_ns", "happened", "happened_ms", "profiled"))
 
 # One row an interval. part says what was measured, and with it what the other columns mean:
 #   stream   requests in order, a pass (round) under a setting. metric "ttft" (index 0), "itl" (index 1, 2, …) and
@@ -42,3 +49,12 @@ CACHE = _schema(
 KERNELS = _schema(
     "run_id:str metric:str op:str variant:str rows:int depth:int context:int calls:int kernels:int ms:float us:float "
     "bytes:int flops:int order:int", optional=("kernels",))
+
+# One row an event of a trace; the columns from kind on are those of `events.COLUMNS`, stamps count from the beginning
+# of the arm's trace.
+TRACE = _schema(
+    "run_id:str arm:str kind:str name:str start_ns:int end_ns:int stream:int thread:int correlation:int graph:int "
+    "node:int category:str payload:int", optional=("stream", "thread", "correlation", "graph", "node", "payload"))
+
+# One row a value. part: coldstart, memory or overhead; setting: of the caches, say; step: what the value is of.
+SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str")

@@ -11,7 +11,8 @@ from hybridlab.measure import frozen_heap, quiet_collector
 from hybridlab.workload import Asked
 
 if TYPE_CHECKING:
-    from hybridlab.runtime import Runtime, Token
+    from hybridlab.runtime import Runtime
+    from hybridlab.tokens import Token
 
 Row = dict[str, Any]
 HAPPENED = ("hits", "misses", "captures", "evictions", "failures", "capture_ms")  # in an interval

@@ -118,7 +118,11 @@ def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | N
 
 
 def one_run(rows: pd.DataFrame) -> None:
-    """Refuses rows of several runs or none: machines, versions and load differ between runs."""
+    """Refuses rows of several runs or none, as machines, versions and load differ between runs, and rows taken while a
+    profiler listened."""
+    if "profiled" in rows and (traced := int(rows["profiled"].fillna(False).sum())):
+        raise StatisticsError(f"{traced} of {len(rows)} rows were taken while a profiler listened", "it adds to each",
+                              "measure without one; a trace explains latencies and is none")
     runs = sorted(str(name) for name in rows["run_id"].unique())
     if len(runs) != 1:
         raise StatisticsError(f"the rows come from {len(runs)} runs", ", ".join(runs[:3]),

@@ -61,6 +61,32 @@ def by_kind(samples: pd.DataFrame, happenings: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["kind", "times", "slow", "others"])
 
 
+def during(samples: pd.DataFrame, happenings: pd.DataFrame) -> pd.DataFrame:
+    """What happened in each sample: happened, the kinds that overlap it in the order of KINDS, with commas, and
+    happened_ms, the time that exact ones overlap it, two at once counted once.
+
+    `samples` has ms and end_ns, `happenings` the columns of HAPPENINGS. Quick where little happened, as each round of a
+    protocol asks. Raises: StatisticsError for a stamp that is missing or out of order.
+    """
+    _require(samples, ["ms", "end_ns"], "samples")
+    known = _known(happenings) if len(happenings) else happenings
+    ends = samples["end_ns"].to_numpy(np.int64)
+    starts = ends - np.rint(samples["ms"].to_numpy(float) * 1e6).astype(np.int64)
+    kinds: dict[int, set[str]] = {}
+    exact: dict[int, list[tuple[int, int]]] = {}
+    for kind, begun, over, _, timed in known[HAPPENINGS].itertuples(index=False):
+        for place in np.flatnonzero((starts < over) & (ends > begun)).tolist():
+            kinds.setdefault(place, set()).add(kind)
+            if timed:
+                exact.setdefault(place, []).append((max(begun, int(starts[place])), min(over, int(ends[place]))))
+    words, ms = [""] * len(ends), [0.0] * len(ends)
+    for place, found in kinds.items():
+        words[place] = ", ".join(kind for kind in KINDS if kind in found)
+    for place, spans in exact.items():
+        ms[place] = _union_ms(spans)
+    return pd.DataFrame({"happened": words, "happened_ms": ms}, index=samples.index)
+
+
 class Watch:
     """Records what happens in this process while it is entered: garbage collections, and preemptions of its thread.
 
@@ -112,6 +138,10 @@ class Watch:
         types = {"start_ns": "int64", "end_ns": "int64", "exact": bool}
         return frame.astype(types).sort_values("start_ns", kind="stable", ignore_index=True)
 
+    def forget(self, before_ns: int) -> None:
+        """Drops what was over before this stamp, so that a long run does not hold all that ever happened."""
+        self._found = [found for found in self._found if found[2] >= before_ns]
+
     def _collection(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":
             self._began = time.perf_counter_ns()
@@ -142,8 +172,12 @@ def _attributed(row: Any, known: pd.DataFrame, median: float) -> dict[str, Any]:
 
 def _covered_ms(spans: pd.DataFrame) -> float:
     """The length of the union of the spans, in ms: two happenings at once delay a token once."""
+    return _union_ms(list(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True)))
+
+
+def _union_ms(spans: list[tuple[int, int]]) -> float:
     total, reached = 0, -(2**63)
-    for start, end in sorted(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True)):
+    for start, end in sorted(spans):
         total += max(0, end - max(start, reached))
         reached = max(reached, end)
     return total / 1e6

@@ -123,10 +123,14 @@ def list_paths(tokens: list[Any]) -> None:
 
 
 def machine(found: dict[str, Any], missing: list[str]) -> None:
-    """The report of `environment.report` as a table on stdout, then what does not work here."""
+    """The report of `environment.report` as a table on stdout, then what does not work here, or that all does."""
     table = Table(title="environment", title_justify="left", show_header=False)
     for name, value in found.items():
-        if name not in ("versions", "failed"):
+        if name == "gpu" and value:
+            for number, gpu in enumerate(value):
+                for detail, one in gpu.items():
+                    table.add_row(escape(f"gpu {number} {detail}"), escape(_shown(one)))
+        elif name not in ("versions", "failed"):
             table.add_row(escape(name), escape(_shown(value)))
     for name, value in found["versions"].items():
         table.add_row(escape(name), escape(value or "not installed"))
@@ -134,8 +138,8 @@ def machine(found: dict[str, Any], missing: list[str]) -> None:
         table.add_row(f"[red]{escape(name)}[/red]", escape(f"could not be read: {reason}"))
     out = Console()
     out.print(table)
-    for sentence in missing:
-        out.print(f"• {escape(sentence)}", highlight=False)
+    for sentence in missing or ["Nothing is missing: every feature works here."]:
+        out.print(f"• {escape(printable(sentence))}", highlight=False)
 
 
 def plan(found: Plan, kind: str | None = None) -> None:

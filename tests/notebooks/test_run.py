@@ -23,7 +23,8 @@ from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFai
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CACHE, KERNELS = "07_graph_cache", "08_kernels"  # their rows are those of a cache run, and of timed kernels
+# Their rows are those of a cache run, of timed kernels, of traces.
+CACHE, KERNELS, TRACES = "07_graph_cache", "08_kernels", "09_traces"
 PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
 ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
            "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS),
@@ -35,7 +36,8 @@ from hybridlab.config import RunConfig, build
 from hybridlab.records import Run
 run = Run.create(build(RunConfig, {"model": model, "repeats": repeats, "lengths": lengths}))
 row = dict(round=0, request=0, arm="eager", policy="whole", prompt_tokens=10, bucket=None, index=0, position=10,
-           metric="ttft", ms=1.5, path="eager", reason="", captures=0, compiles=0)
+           metric="ttft", ms=1.5, path="eager", reason="", captures=0, compiles=0, process=0, device_ms=None,
+           ended_ns=1, happened="", happened_ms=0.0, profiled=False)
 run.append([row])
 """
 pytestmark = pytest.mark.filterwarnings(  # of Jupyter's own machinery; ours still count as errors
@@ -310,7 +312,7 @@ def alive(pid: int) -> bool:
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS)],
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS, TRACES)],
                          ids=lambda path: path.stem)
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
@@ -367,3 +369,13 @@ def require_figures(path: Path) -> None:
                if "application/vnd.plotly.v1+json" in output.get("data", ())]
     assert figures
     assert all("text/html" in figure["data"] for figure in figures), "it would vanish from an HTML export"
+
+
+def test_the_trace_notebook_shows_each_arm(tmp_path: Path) -> None:
+    """Notebook 09 records events and no latencies: an arm that it lost would leave one without an explanation."""
+    small = {"arms": ["eager", "graph"], "length": 5, "traced_tokens": 3, "warmup": 1}
+    done = notebooks.run(FOLDER / f"{TRACES}.ipynb", small, root=tmp_path / "runs", progress=False)
+    found = records.read(done.run_path)
+    assert (found.kind, found.status) == ("trace", "complete")
+    ranges = found.rows[found.rows["kind"] == "range"]
+    assert ranges.groupby("arm")["category"].value_counts().unstack()["decode"].to_dict() == {"eager": 2, "graph": 2}

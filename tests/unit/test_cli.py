@@ -309,7 +309,7 @@ def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     plan = reproduce.steps("tiny", 5, 10.0)
     assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
                                                 "04_hybrid", "05_ablation", "06_partition",
-                                                "07_graph_cache", "08_kernels"]
+                                                "07_graph_cache", "08_kernels", "09_traces"]
     configs = {step.notebook: notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan}
     ablation = configs["05_ablation"]
     assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
@@ -319,7 +319,7 @@ def test_a_model_that_cannot_be_fused_is_reproduced_without_its_kernels(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The last notebook would end the main job after all others had run, or be passed over in silence."""
     monkeypatch.setattr("hybridlab.fused.FAMILIES", ("qwen3",))
-    assert [step.notebook for step in reproduce.steps("tiny", 5, 10.0)][-1] == "07_graph_cache"
+    assert [step.notebook for step in reproduce.steps("tiny", 5, 10.0)][-2:] == ["07_graph_cache", "09_traces"]
     assert "08_kernels is left out" in capsys.readouterr().err
 
 

@@ -5,9 +5,11 @@ import itertools
 from collections import Counter
 from types import SimpleNamespace
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 
-from hybridlab import measure
+from hybridlab import measure, schemas, tails
 from hybridlab.config import RunConfig
 from hybridlab.errors import HybridlabError, PromptError
 
@@ -28,11 +30,14 @@ class Fake:
     def warm_up(self, lengths, temperature, top_k, top_p):
         self.warmed.append((list(lengths), temperature, top_k, top_p))
 
-    def generate(self, prompt, max_new_tokens, **options):
+    def generate(self, prompt, max_new_tokens, each, **options):
         self.captures += len(self.log) in self.captures_at
+        for _ in range(max_new_tokens):
+            each()
         self.log.append((self.arm, len(prompt), max_new_tokens, gc.isenabled(), options))
         return SimpleNamespace(ids=[1] * max_new_tokens, ttft_ms=999.0 + len(self.log),
                                itl_ms=[float(i) for i in range(1, max_new_tokens)], bucket=8,
+                               device_ms=[i / 2 for i in range(max_new_tokens)],
                                paths=[f"path{i}" for i in range(max_new_tokens)], reasons=[""] * max_new_tokens)
 
 
@@ -224,3 +229,57 @@ def test_missing_prompt_text_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(measure.paths, "data_dir", lambda: tmp_path)
     with pytest.raises(PromptError, match="no prompt text"):
         measure.prompts(model(Tokenizer()), (5,), seed=0)
+
+
+def test_a_row_holds_when_it_ended_and_what_happened_in_it():
+    """A stall that is not laid to its own row is laid to the next, or to the arm."""
+    runtimes, _ = fakes()
+
+    def answering(runtime, whole):
+        def generate(prompt, max_new_tokens, each, **options):
+            if max_new_tokens > 1 and runtime.arm == "graph":
+                gc.collect()
+            out = whole(prompt, max_new_tokens, each, **options)
+            out.ttft_ms, out.itl_ms = 1e-4, [1.0] + [1e-4] * (max_new_tokens - 2) if max_new_tokens > 1 else []
+            return out
+        return generate
+
+    for runtime in runtimes.values():
+        runtime.generate = answering(runtime, runtime.generate)
+    rows = [row | {"run_id": "x"} for part in measure.rounds(runtimes, PROMPTS, CONFIG, process=3) for row in part]
+    assert schemas.ABLATION.names == list(pa.Table.from_pylist(rows, schema=schemas.ABLATION).column_names)
+    assert {row["process"] for row in rows} == {3}
+    assert {row["profiled"] for row in rows} == {False}
+    assert [row["ended_ns"] for row in rows] == sorted(row["ended_ns"] for row in rows)
+    assert all(row["device_ms"] == row["index"] / 2 for row in rows)
+    stalled = [row for row in rows if (row["arm"], row["metric"], row["index"]) == ("graph", "itl", 1)]
+    assert len(stalled) == 4
+    assert all("garbage collection" in row["happened"] and row["happened_ms"] > 0 for row in stalled)
+    assert not any("garbage collection" in row["happened"] for row in rows if row["ms"] < 1e-3)
+
+
+def test_processes_have_orders_of_their_own():
+    """Three restarts that repeat one order are one draw of the order, three times."""
+    orders = []
+    for process in (0, 0, 1):
+        runtimes, log = fakes()
+        list(measure.rounds(runtimes, PROMPTS, CONFIG, process=process))
+        orders.append([entry[:3] for entry in log])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_clocks_are_read_between_requests_and_reach_the_rows():
+    """Read inside a request, the driver's answer would be part of a latency."""
+    runtimes, log = fakes()
+    asked = []
+
+    class Clocks:
+        def sample(self):
+            asked.append(len(log))
+
+        def clock_changes(self, since_ns):
+            return pd.DataFrame([("clock change", 0, 2**62, "1,980 → 1,755 MHz", False)], columns=tails.HAPPENINGS)
+
+    (rows, *_) = measure.rounds(runtimes, PROMPTS, CONFIG, telemetry=Clocks())
+    assert asked[:16] == list(range(1, 17))
+    assert all("clock change" in row["happened"] for row in rows)

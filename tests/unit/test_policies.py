@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridlab as hl
-from hybridlab.config import POLICIES, Policy, RunConfig, RuntimeConfig, as_dict, build, cells
+from hybridlab.cells import cells
+from hybridlab.config import POLICIES, Policy, RunConfig, RuntimeConfig, as_dict, build
 from hybridlab.errors import ConfigError, PlanError
 from hybridlab.plan import KINDS, Op, Plan
 from hybridlab.policies import assign, places, refusal

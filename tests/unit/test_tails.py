@@ -213,3 +213,27 @@ def test_what_was_noted_goes_straight_into_an_attribution():
             watch.note("captures", *stall)
     assert tails.attribute(samples, watch.happenings()).iloc[0]["cause"] == "capture"
     assert len(tails.attribute(samples, tails.Watch().happenings())) == 10
+
+
+def test_each_sample_names_what_happened_in_it():
+    """A slow token without its cause is a mystery; with a cause that was over before it began, a wrong accusation."""
+    samples = pd.DataFrame({"ms": [1.0, 1.0, 1.0, 1.0], "end_ns": [1_000_000, 2_000_000, 3_000_000, 4_000_000]})
+    happenings = pd.DataFrame([
+        ("preemption", 1_500_000, 1_900_000, "", False),
+        ("garbage collection", 1_600_000, 2_250_000, "", True),   # ends in the third
+        ("capture", 1_700_000, 1_800_000, "", True),              # inside the collection
+        ("preemption", 3_000_000, 3_000_000, "", False),          # between the third and the fourth: of neither
+    ], columns=tails.HAPPENINGS)
+    found = tails.during(samples, happenings)
+    assert found["happened"].tolist() == ["", "garbage collection, capture, preemption", "garbage collection", ""]
+    assert found["happened_ms"].tolist() == [0.0, 0.4, 0.25, 0.0]
+    assert tails.during(samples, happenings.iloc[:0])["happened"].tolist() == [""] * 4
+
+
+def test_a_watch_forgets_what_is_over():
+    """A run of hours would hold every preemption that ever was."""
+    with tails.Watch() as watch:
+        watch.note("capture", 10, 20)
+        watch.note("capture", 30, 40)
+        watch.forget(30)
+        assert watch.happenings()[["start_ns", "end_ns"]].to_numpy().tolist() == [[30, 40]]

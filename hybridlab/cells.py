@@ -1,0 +1,76 @@
+"""What a run compares, each with its name, and settings of which one needs another."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+from hybridlab.config import (
+    COMPILING,
+    POLICIES,
+    REPLAYING,
+    Arm,
+    Kernels,
+    Policy,
+    RunConfig,
+    RuntimeConfig,
+    TraceConfig,
+    policy,
+    policy_name,
+)
+from hybridlab.errors import ConfigError
+
+
+class Cell(NamedTuple):
+    """What one column of a run's tables was measured with."""
+
+    arm: Arm
+    policy: Policy
+    kernels: Kernels
+    steps: int
+
+
+def cells(config: RunConfig | TraceConfig) -> dict[str, Cell]:
+    """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, one that compiles
+    with each choice of kernels, and one that replays whole steps with each number of them.
+
+    The name is the arm's, followed by the policy's where the run compares several, by "fused" where only some are, and
+    by the number of steps where some launch several.
+    """
+    policies = [policy(p) for p in (config.policy if isinstance(config.policy, tuple) else (config.policy,))]
+    choices = config.kernels if isinstance(config.kernels, tuple) else (config.kernels,)
+    steps = getattr(config, "steps", 1)  # a trace has one
+    counts = steps if isinstance(steps, tuple) else (steps,)
+    found: dict[str, Cell] = {}
+    for arm in config.arms:
+        for p in policies if arm in REPLAYING else policies[:1]:
+            several = arm in REPLAYING and p == POLICIES["full"]
+            for kernels, count in product(choices if arm in COMPILING else ("auto",), counts if several else (1,)):
+                words = [arm, policy_name(p) if len(policies) > 1 and arm in REPLAYING else "",
+                         kernels if len(choices) > 1 and kernels == "fused" else "",
+                         f"{count} steps" if len(counts) > 1 and count > 1 else ""]
+                found[" ".join(filter(None, words))] = Cell(arm, p, kernels, count)
+    return found
+
+
+def require_possible(config: RuntimeConfig) -> None:
+    """Raise `ConfigError` for settings of which one needs another."""
+    if config.kernels == "fused" and config.arm not in COMPILING:
+        raise ConfigError("kernels is 'fused'", f"arm {config.arm} compiles no kernels",
+                          f"use arm {' or '.join(map(repr, COMPILING))}, or kernels='torch'")
+    if config.steps > 1 and (config.arm not in REPLAYING or policy(config.policy) != POLICIES["full"]):
+        raise ConfigError(f"steps is {config.steps}", "only a graph that also prepares and draws can hold several",
+                          f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
+    if config.steps == 1 and config.repeat != "auto":
+        raise ConfigError(f"repeat is {config.repeat!r}", "there is nothing to repeat", "give steps as well")
+
+
+def require_steps(config: RunConfig, on_cpu: bool) -> None:
+    """Raise `ConfigError` if `config` times several steps a launch where no cell makes them, or where their tokens are
+    there only when the launch has ended: on a CPU most of the gaps between them would be nothing."""
+    if config.steps != 1 and all(cell.steps == 1 for cell in cells(config).values()):
+        raise ConfigError(f"steps is {config.steps}", "nothing here replays whole steps, so none launches several",
+                          f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")
+    if on_cpu and any(cell.steps > 1 for cell in cells(config).values()):
+        raise ConfigError(f"steps is {config.steps}", "on a CPU the tokens of one launch arrive together, so that gaps "
+                          "between them say nothing", "time this on a GPU, or use steps=1")

@@ -1,0 +1,119 @@
+"""The protocol of a cold start: a fresh process, from its start to its first token and its first replay of a graph."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlab import names
+from hybridlab.config import REPLAYING, RuntimeConfig, build
+from hybridlab.errors import ConfigError, MeasureError
+from hybridlab.progress import Report
+
+CACHES = ("warm", "cold")
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+STAGES = ("process", "imports", "model", "runtime", "first token", "first replay")
+PROMPT, TRIES, LAST = 16, 5, 3  # tokens, requests, lines of stderr
+
+Row = dict[str, Any]
+
+
+def run(model: str = "tiny", arm: str = "hybrid", policy: str = "whole", device: str = "auto",
+        dtype: str | None = None, caches: Sequence[str] = CACHES, repeats: int = 3, timeout_s: float = 600.0,
+        report: Report = lambda what, done, total: None) -> list[Row]:
+    """Rows of `repeats` fresh processes for each state of the caches: caches, process, stage, ms (of this stage) and
+    total_ms (since just before the process was started).
+
+    Stages, each from the end of the one before: "process", until Python runs our first line; "imports", of torch,
+    transformers and hybridlab; "model", weights on the device; "runtime", buffers and lowering; "first token" of a
+    prompt of 16 tokens, its id on the host, by the path that is ready first, compilations included; and in arms that
+    replay "first replay", until a request was answered from a graph that was captured behind the first. Caches: "warm",
+    compiled kernels where earlier processes left them (the first of a machine leaves them); "cold", none anywhere.
+    Files that the system holds in memory stay there.
+    Raises: ConfigError or ModelError for bad input, before a process starts; MeasureError for one that fails or takes
+    longer than `timeout_s`.
+    """
+    settings = {"arm": arm, "policy": policy, "device": device, "dtype": dtype}
+    build(RuntimeConfig, settings)
+    names.context(model)
+    wrong = [word for word in caches if word not in CACHES]
+    if wrong or repeats < 1:
+        raise ConfigError(f"caches is {list(caches)}, repeats {repeats}", f"caches are {' or '.join(CACHES)}",
+                          "give some of these, and at least one repeat")
+    rows, total = list[Row](), len(caches) * repeats
+    for done in range(total):
+        state, process = caches[done % len(caches)], done // len(caches)
+        report(f"cold start, {state} caches", done, total)
+        with tempfile.TemporaryDirectory(prefix="hybridlab-") as empty:
+            fresh = {name: str(Path(empty) / name) for name in VARIABLES} if state == "cold" else {}
+            started, ended = _child(json.dumps({"model": model, "settings": settings}), os.environ | fresh, timeout_s)
+        before = started
+        for stage, at in ended.items():
+            rows.append({"caches": state, "process": process, "stage": stage, "ms": (at - before) / 1e6,
+                         "total_ms": (at - started) / 1e6})
+            before = at
+    return rows
+
+
+def _child(asked: str, environment: dict[str, str], timeout_s: float) -> tuple[int, dict[str, int]]:
+    """When a process was started, and when each of its stages ended, in ns of the clock that both share."""
+    started = _now()
+    child = subprocess.Popen([sys.executable, "-m", "hybridlab.coldstart", asked], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, errors="replace", env=environment,
+                             start_new_session=True)
+    try:
+        answer, said = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise MeasureError(f"a cold start took more than {timeout_s:g} s", "", "allow more time") from None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    if child.returncode:
+        raise MeasureError("a cold start failed", f"exit {child.returncode}: "
+                           + " | ".join(said.strip().splitlines()[-LAST:]), "see what the process said")
+    return started, dict(json.loads(answer.splitlines()[-1]))
+
+
+def _now() -> int:
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def _stages(model: str, settings: dict[str, Any], note: Callable[[str], None]) -> None:
+    from hybridlab import models
+    from hybridlab.runtime import Runtime
+
+    note("imports")
+    loaded = models.load(model, device=settings["device"], dtype=settings["dtype"])
+    note("model")
+    with Runtime(loaded, **settings) as runtime:
+        note("runtime")
+        prompt = [number % 7 + 3 for number in range(PROMPT)]
+        runtime.generate(prompt, max_new_tokens=1, stop=[])
+        note("first token")
+        if settings["arm"] not in REPLAYING:
+            return
+        for _ in range(TRIES):
+            runtime.settle()
+            if "graph" in runtime.generate(prompt, max_new_tokens=2, stop=[]).paths:
+                note("first replay")
+                return
+        raise MeasureError(f"no graph was replayed in {TRIES} requests", f"model {model}", "report this")
+
+
+def _main(asked: str) -> None:
+    ended = {"process": _now()}
+    _stages(**json.loads(asked), note=lambda stage: ended.update({stage: _now()}))
+    sys.stdout.write(json.dumps(ended) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,100 @@
+"""The least time that a machine allows, beside what was measured: of each row, the share reached, a line in figures.
+
+Floors are those of `roofline.floors`. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from hybridlab import stats
+from hybridlab.stats import Estimate
+
+INK = "#222222"
+RATES = {"memory": "read", "arithmetic": "matrix"}
+
+
+def of_rows(rows: pd.DataFrame, floors: pd.DataFrame) -> pd.Series:
+    """The floor of each row in ms: a first token's by its prompt length, a gap's by its position, on the line between
+    the positions that have one. NaN where there is none."""
+    first = _whole(floors, "ttft").set_index("prompt_tokens")["ms"].astype(float)
+    found = rows["prompt_tokens"].map(first).astype(float).where(rows["metric"] == "ttft")
+    steps = _positions(floors)
+    if steps.empty:
+        return found
+    at = np.interp(rows["position"].to_numpy(float), steps["position"].to_numpy(float), steps["ms"].to_numpy(float),
+                   left=math.nan, right=math.nan)
+    return found.where(rows["metric"] != "itl", pd.Series(at, index=rows.index))
+
+
+def floor(rows: pd.DataFrame, floors: pd.DataFrame) -> float | None:
+    """The median floor of the rows in ms; None where none has one."""
+    found = of_rows(rows, floors).dropna()
+    return float(found.median()) if len(found) else None
+
+
+def share(rows: pd.DataFrame, floors: pd.DataFrame) -> Estimate | None:
+    """The median, row by row, of the floor over the time, with its interval: 1 where the limit is reached; None where
+    there are too few."""
+    found = (of_rows(rows, floors) / rows["ms"]).dropna()
+    return stats.quantile(found, 0.5) if len(found) >= stats.needed(0.5) else None
+
+
+def of_length(floors: pd.DataFrame, metric: str, prompt_tokens: int) -> float | None:
+    """The floor of a prompt length in ms, of gaps the mean; None where there is none."""
+    own = _whole(floors, metric)
+    found = own.loc[own["prompt_tokens"] == prompt_tokens, "ms"]
+    return float(found.iloc[0]) if len(found) else None
+
+
+def by_length(figure: go.Figure, floors: pd.DataFrame | None, *others: str) -> None:
+    """The floors of first tokens as a line over the prompt length, in the first panel; its name also holds for the
+    metrics of `others`."""
+    if floors is not None and len(own := _whole(floors, "ttft").sort_values("prompt_tokens")):
+        bounds = {*own["bound"], *floors.loc[floors["metric"].isin(others), "bound"]}
+        _line(figure, own["prompt_tokens"].tolist(), own["ms"].tolist(), bounds, "%{x} prompt tokens: %{y:.3g} ms")
+
+
+def by_position(figure: go.Figure, floors: pd.DataFrame | None) -> None:
+    """The floors of gaps as a line over the position, in the first panel."""
+    if floors is not None and len(own := _positions(floors)):
+        _line(figure, own["position"].tolist(), own["ms"].tolist(), {*own["bound"]}, "position %{x}: %{y:.3g} ms")
+
+
+def across(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None) -> None:
+    """The median floor of the gaps through the second panel, from left to right; named by the first panel's line."""
+    if floors is not None and (ms := floor(gaps, floors)) is not None:
+        _line(figure, list(figure.layout.xaxis2.range), [ms, ms], {*_positions(floors)["bound"]}, "%{y:.3g} ms", "2")
+
+
+def upright(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float) -> list[float]:
+    """The median floor of the gaps from `low` to `high` in the first panel; where it stands, if anywhere."""
+    ms = None if floors is None else floor(gaps, floors)
+    if floors is None or ms is None:
+        return []
+    _line(figure, [ms, ms], [low, high], {*_positions(floors)["bound"]}, "%{x:.3g} ms")
+    return [ms]
+
+
+def _line(figure: go.Figure, x: list[float], y: list[float], bounds: set[str], hover: str, panel: str = "") -> None:
+    name = f"limit ({' or '.join(word for bound, word in RATES.items() if bound in bounds)} rate)"
+    figure.add_scatter(x=x, y=y, mode="lines", line={"color": INK, "width": 2, "dash": "dash"}, name=name,
+                       legendgroup="limit", showlegend=not panel, xaxis=f"x{panel}", yaxis=f"y{panel}",
+                       hovertemplate=f"{name}, {hover}<extra></extra>")
+    axis = figure.layout[f"yaxis{panel}"]
+    if axis.range is not None and axis.type != "log":  # a floor above what was measured is to be seen
+        axis.range = [axis.range[0], max(axis.range[1], 1.05 * max(y))]
+
+
+def _whole(floors: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return floors[(floors["metric"] == metric) & floors["position"].isna()]
+
+
+def _positions(floors: pd.DataFrame) -> pd.DataFrame:
+    """Of gaps, one line a position in ascending order: a step's work depends on nothing else."""
+    own = floors[(floors["metric"] == "itl") & floors["position"].notna()]
+    return own.sort_values("position").drop_duplicates("position")

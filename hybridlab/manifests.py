@@ -1,0 +1,42 @@
+"""The files of a run directory by their hashes, which its manifest lists."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from hybridlab.errors import RunError
+
+MANIFEST, ROWS, CONFIG, ENVIRONMENT = "manifest.json", "rows.parquet", "config.json", "environment.json"
+TEMPORARY = ".writing-"  # how the name of a file begins that is not whole yet
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """The sha256 of every finished file of a run directory, by its name there."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(TEMPORARY))
+    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `RunError` for the first file of a run that its manifest lists and that is missing or was changed."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest):
+        raise RunError(f"{path / MANIFEST} is no manifest", "fields are missing", "restore this file of the run")
+    for name, digest in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise RunError(f"{path / MANIFEST} names {name!r}", "it lies outside the run", "do not trust this run")
+        if not file.is_file():
+            raise RunError(f"{file} is missing", f"{MANIFEST} lists it", "restore the files of this run")
+        if _sha256(file) != digest:
+            raise RunError(f"{file} was changed after the run", "its sha256 differs from the manifest",
+                           "restore the file; a measured run is never edited")
+    if ROWS not in files or CONFIG not in files or ENVIRONMENT not in files:
+        raise RunError(f"{path / MANIFEST} does not list {ROWS}, {CONFIG} and {ENVIRONMENT}", "",
+                       "restore this file of the run")

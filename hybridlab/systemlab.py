@@ -1,0 +1,130 @@
+"""One config about what serving costs beside latency in, one recorded run out: cold start, memory, overhead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hybridlab import coldstart, experiment, models, records, stats
+from hybridlab.config import SystemConfig, as_dict, build
+from hybridlab.errors import ConfigError, PromptError
+from hybridlab.memory import memory
+from hybridlab.names import context
+from hybridlab.overhead import overhead
+from hybridlab.progress import Report, reporter
+from hybridlab.report import Grid, interval, number
+from hybridlab.runtime import Runtime
+
+Row = dict[str, Any]
+
+
+class SystemResult(experiment.Shown):
+    """The recorded run of these protocols; the columns of its rows are `schemas.SYSTEM`."""
+
+    kind = "system"
+
+    @property
+    def config(self) -> SystemConfig:
+        assert isinstance(self.recorded.config, SystemConfig)
+        return self.recorded.config
+
+    def _sizes(self) -> list[str]:
+        counts = self.rows.groupby("part").size()
+        return [f"{counts[part]:,} values of {part}" for part in self.config.parts if part in counts]
+
+    def table(self) -> pd.DataFrame:
+        """One line a part, setting and step: unit, n, value (the median) and its 95 % interval, None where n does not
+        allow one."""
+        lines = []
+        for (part, setting, step, unit), own in self.rows.groupby(["part", "setting", "step", "unit"], sort=False):
+            line = {"part": part, "setting": setting, "step": step, "unit": unit, "n": len(own),
+                    "value": float(own["value"].median()), "value_low": None, "value_high": None}
+            if len(own) >= stats.needed(0.5):
+                found = stats.quantile(own["value"], 0.5)
+                line |= {"value_low": found.low, "value_high": found.high}
+            lines.append(line)
+        return pd.DataFrame(lines, dtype=object)
+
+    def grid(self) -> Grid:
+        """The table as text."""
+        rows = [[f"{line['part']} {line['setting']}".rstrip(), line["step"], line["unit"], str(line["n"]),
+                 number(line["value"]) if line["value_low"] is None else interval(line, "value")]
+                for line in self.table().to_dict("records")]
+        return Grid(f"Beside latency · {self.caption}", ["what", "step", "unit", "n", "median"], rows,
+                    "Medians, with 95 % intervals where n allows; cold start: ms since the process was started.")
+
+    def reading(self) -> str:
+        """The result in words; every number is computed from the rows."""
+        said = []
+        for line in self.table().to_dict("records"):
+            if line["step"] == "share":
+                said.append(f"Observing a token costs {line['value']:.2g} % of the time between two.")
+            elif line["part"] == "coldstart" and line["step"] == "first token":
+                said.append(f"With {line['setting']} caches the first token is there {line['value'] / 1e3:.2f} s after "
+                            "the process was started.")
+        return "\n".join(said) or f"Run {self.run_id}: {self.reason or self.status}."
+
+
+def run(config: SystemConfig | Mapping[str, Any], *, root: Path | str | None = None,
+        progress: bool = True) -> SystemResult:
+    """Measures the parts of the config one after the other and records the run.
+
+    Raises: ConfigError, ModelError or PromptError for bad input, before anything is written; what goes wrong later
+    leaves a run that is marked failed, with the rows so far.
+    """
+    config = checked(config)
+    with reporter(progress) as report:
+        target = records.Run.create(config, Path(root) if root is not None else None)
+        try:
+            for part in config.parts:
+                for rows in PARTS[part](config, report):
+                    target.append([{"part": part, **row} for row in rows])
+            target.finish("complete")
+        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
+            experiment.fail(target, error)
+            raise
+    return SystemResult.open(target.path)
+
+
+def checked(config: SystemConfig | Mapping[str, Any]) -> SystemConfig:
+    """A config whose prompts fit its model. Raises: ConfigError, ModelError or PromptError."""
+    config = build(SystemConfig, as_dict(config) if isinstance(config, SystemConfig) else config)
+    if len(set(config.parts)) != len(config.parts):
+        raise ConfigError("parts holds a value twice", f"{list(config.parts)}", "each is measured once")
+    tokens = context(config.model)
+    if tokens is not None and max(config.lengths) + 64 > tokens:
+        raise PromptError(f"a prompt of {max(config.lengths)} tokens and 64 new ones",
+                          f"the context of {config.model} holds {tokens} tokens", "lower lengths")
+    return config
+
+
+def _coldstart(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
+    assert isinstance(config.policy, str)
+    rows = coldstart.run(model=config.model, arm=config.arm, policy=config.policy, device=config.device,
+                         dtype=config.dtype, repeats=config.repeats, report=report)
+    yield [{"round": row["process"], "setting": row["caches"], "step": row["stage"], "value": row["total_ms"],
+            "unit": "ms"} for row in rows]
+
+
+def _memory(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
+    report("weighing", 0, 1)
+    with _runtime(config) as runtime:
+        yield list(memory(runtime, config.lengths))
+
+
+def _overhead(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
+    report("timing ranges and rows", 0, 1)
+    with _runtime(config) as runtime, experiment.threads(config.threads, on_cpu=runtime.device.type == "cpu"):
+        yield list(overhead(runtime, config.arm))
+
+
+def _runtime(config: SystemConfig) -> Runtime:
+    model = models.load(config.model, device=config.device, dtype=config.dtype)
+    return Runtime(model, arm=config.arm, policy=config.policy, device=config.device, capture="sync",
+                   max_len=max(config.lengths) + 64)
+
+
+PARTS = {"coldstart": _coldstart, "memory": _memory, "overhead": _overhead}

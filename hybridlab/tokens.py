@@ -1,0 +1,43 @@
+"""What a request gives: its tokens, the path that made each, and its times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One token on the host, the path that its forward took, and why."""
+
+    id: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token: `path` is what ran its forward; `ms` is from the request (first token) or from the moment the
+    consumer asked for it (further tokens) until its id was on the host."""
+
+    id: int
+    text: str | None
+    path: str
+    ms: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `generate` gives. `ids` are the new tokens, an end token included, as transformers' `generate` has it.
+
+    ttft_ms: token ids on the host → first new id on the host. itl_ms: the gaps between following ids.
+    """
+
+    ids: list[int]
+    text: str | None
+    ttft_ms: float
+    itl_ms: list[float]
+    paths: list[str]
+    reasons: list[str]
+    bucket: int | None
+    device_ms: list[float]  # TTFT and ITL by the device's own clock; empty on a CPU and with several steps a launch

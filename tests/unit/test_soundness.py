@@ -1,0 +1,96 @@
+"""What speaks against a number is found in its rows: drift, two modes, what happened in slow samples, processes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hybridlab import soundness
+from hybridlab.errors import StatisticsError
+from hybridlab.stats import summary
+
+
+def rows(ms, arm="hybrid", metric="itl", **columns):
+    count = len(ms)
+    return pd.DataFrame({"run_id": "r", "arm": arm, "metric": metric, "prompt_tokens": 10, "ms": ms, "process": 0,
+                         "request": range(count), "index": 1, "round": range(count), "happened": "",
+                         "device_ms": np.nan} | columns)
+
+
+def quiet(count=1000, seed=0):
+    return np.random.default_rng(seed).normal(3.0, 0.02, count)
+
+
+def test_a_planted_drift_is_flagged_and_a_steady_run_is_not():
+    """A median over a machine that heats up is a number no request ever saw."""
+    steady = soundness.steady(rows(quiet())).iloc[0]
+    assert not steady["drifts"]
+    assert not steady["modes"]
+    drifting = soundness.steady(rows(quiet() * np.linspace(1, 1.1, 1000))).iloc[0]
+    assert drifting["drifts"]
+    assert drifting["drift"] == pytest.approx(0.095, abs=0.01)
+    assert "drifts by +9" in soundness.words(rows(quiet() * np.linspace(1, 1.1, 1000)))
+
+
+def test_two_prompt_lengths_are_not_two_modes():
+    """Pooled without care, a short and a long prompt look like a machine with two paces."""
+    both = pd.concat([rows(quiet(500)), rows(3 * quiet(500, 1), prompt_tokens=400)])
+    assert not soundness.steady(both).iloc[0]["modes"]
+    assert soundness.steady(both.assign(prompt_tokens=10)).iloc[0]["modes"]
+    assert soundness.words(both) == ""
+
+
+def test_what_happened_in_slow_samples_is_told_from_what_always_happens():
+    """A cause that ordinary samples share explains nothing; one that only slow ones have does."""
+    ms, happened = quiet(), np.full(1000, "", dtype=object)
+    ms[100:110] += 5.0
+    happened[100:110] = "preemption"
+    happened[::2] = np.where(happened[::2] == "", "clock change", "preemption, clock change")
+    table = soundness.slow(rows(ms, happened=happened)).set_index("kind")
+    assert table.loc["preemption", ["times", "count", "slow", "others"]].tolist() == [10, 10, 1.0, 0.0]
+    assert table.loc["clock change", "slow"] == 0.5
+    assert table.loc["clock change", "others"] == pytest.approx(0.5, abs=0.01)
+    assert table.loc["unexplained", "slow"] == 0.0
+    assert soundness.slow(rows(quiet(100))).empty  # no p99
+    assert soundness.slow(rows(quiet(), happened=None)).empty  # rows of an older run
+
+
+def test_the_device_clock_stands_beside_the_host_clock():
+    """A gain that only one clock sees must be visible as such."""
+    (line,) = soundness.clocks(rows(quiet(100), device_ms=quiet(100) - 0.25)).to_dict("records")
+    assert line["beside_ms"] == pytest.approx(0.25)
+    assert line["ms"] - line["device_ms"] == pytest.approx(0.25)
+    assert soundness.clocks(rows(quiet(100))).empty
+
+
+def test_processes_that_differ_are_seen():
+    """Memory laid out differently moves a median by more than its interval says."""
+    both = rows(np.concatenate([quiet(100), 1.1 * quiet(100)]), process=np.repeat([0, 1], 100))
+    (line,) = soundness.processes(both).to_dict("records")
+    assert line["most"] / line["least"] == pytest.approx(1.1, abs=0.005)
+    assert soundness.processes(rows(quiet())).empty
+
+
+def test_a_generation_length_counts_its_own_gaps_only():
+    """The p99 of ten tokens must not hold gaps of the five-hundredth, and no length longer than was generated."""
+    index = np.tile(np.arange(1, 101), 50)
+    table = soundness.by_generation(rows(index.astype(float), index=index), [10, 101, 500])
+    assert table["new_tokens"].tolist() == [10, 101]
+    assert table["n"].tolist() == [9 * 50, 100 * 50]
+    assert table["p50"].tolist() == [5.0, 50.5]
+    assert table["p99"].iloc[0] == 9.0
+
+
+def test_quantiles_name_only_what_the_sample_supports():
+    """A p99 of fifty values is its maximum by another name."""
+    line = soundness.quantiles(rows(quiet(60))).iloc[0]
+    assert line["p90_low"] <= line["p90"] <= line["p90_high"]
+    assert (line["p95"], line["p99"]) == (None, None)
+    assert line["max"] == rows(quiet(60))["ms"].max()
+    for grid in soundness.GRIDS.values():
+        assert all(len(row) == len(made.header) for made in [grid(rows(quiet()), "c")] for row in made.rows)
+
+
+def test_rows_under_a_profiler_never_become_a_latency():
+    """A profiler doubles a launch; mixed in, it would double a median."""
+    with pytest.raises(StatisticsError, match="3 of 50 rows were taken while a profiler listened"):
+        summary(rows(quiet(50), profiled=[True] * 3 + [False] * 47))

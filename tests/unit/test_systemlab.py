@@ -1,0 +1,70 @@
+"""What serving costs beside latency: every value is one that can be worked out or counted otherwise."""
+
+import pytest
+import torch
+
+import hybridlab as hl
+from hybridlab import memory, models, overhead, systemlab
+from hybridlab.config import SystemConfig
+from hybridlab.errors import ConfigError, PromptError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("tiny")
+
+
+def test_memory_is_what_the_tensors_hold(model):
+    """Tied weights counted twice, or a cache counted at the length of a prompt, would be no memory that was taken."""
+    with hl.Runtime(model, arm="graph", capture="sync", buckets=[16, 64], max_len=96) as runtime:
+        rows = {row["step"]: row["value"] for row in memory.memory(runtime, [10, 50])}
+        graph_bytes = runtime.counters.graph_bytes
+    config, size = model.config, 4
+    untied = sum(p.numel() for p in model.parameters()) * size
+    assert untied <= memory.held(model) <= untied + 2**16  # and the table of rotations
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert rows["KV cache"] == 2 * config.num_hidden_layers * heads * dim * 96 * size / 2**20
+    graphs = [name for name in rows if "graph" in name]
+    assert graphs == ["graph of 64 rows", "graph of 16 rows", "decode graph"]
+    assert sum(rows[name] for name in graphs) == pytest.approx(graph_bytes / 2**20)
+
+
+def test_shared_storage_is_held_once():
+    """An embedding that is also the head is in memory once."""
+    one = torch.nn.Linear(8, 8, bias=False)
+    two = torch.nn.Linear(8, 8, bias=False)
+    two.weight = one.weight
+    assert memory.held(torch.nn.ModuleList([one, two])) == 8 * 8 * 4
+
+
+def test_observing_a_token_is_counted_in_parts(model):
+    """A share of one part alone would call observing cheaper than it is."""
+    with hl.Runtime(model, arm="graph", capture="sync", max_len=64) as runtime:
+        rows = list(overhead.overhead(runtime, "graph"))
+    by_step = {step: [row["value"] for row in rows if row["step"] == step] for step in {row["step"] for row in rows}}
+    assert {len(values) for values in by_step.values()} == {overhead.TURNS}
+    assert set(by_step["spans"]) == {3.0}  # decode, and inside it replay and sampling
+    for turn in range(overhead.TURNS):
+        parts = by_step["span"][turn] * 3 + by_step["stamp"][turn] + by_step["row"][turn]
+        assert by_step["share"][turn] == pytest.approx(100 * parts / by_step["itl"][turn])
+        assert min(by_step[step][turn] for step in ("span", "stamp", "row")) > 0
+
+
+def test_a_run_records_its_parts_and_reads_them_back(tmp_path):
+    """A table that cannot be made again from its rows is a claim."""
+    result = systemlab.run({"parts": ["memory"], "arm": "graph", "lengths": [8]}, root=tmp_path, progress=False)
+    assert result.status == "complete"
+    weights, cache, prefill, decode = result.table()["step"]
+    assert (weights, cache, decode) == ("weights", "KV cache", "decode graph")
+    assert prefill.startswith("graph of ")  # its bucket follows from the roofline of the machine
+    assert [row[0] for row in result.grid().rows] == ["memory"] * 4
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    """A directory of a run that never began is litter that looks like a run."""
+    for config, error in (({"parts": ["memory", "memory"]}, ConfigError), ({"lengths": [100_000]}, PromptError),
+                          ({"arm": "grph"}, ConfigError)):
+        with pytest.raises(error):
+            systemlab.run(config, root=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    assert SystemConfig().parts == ("coldstart", "memory", "overhead")
