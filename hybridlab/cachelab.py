@@ -73,7 +73,8 @@ class CacheResult(experiment.Shown):
                   "captures", "capturing, ms", "held at most"]
         rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
                  f"{100 * line['hit_rate']:.1f} %", interval(line, "itl_p50"), number(line["after_mean"]),
-                 _captures(line), number(line["capture_ms"]), f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
+                 _captures(line), number(line["capture_ms"]),
+                 f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
                 for line in self.table().to_dict("records")]
         return Grid(f"Graph cache · {self.caption}", header, rows,
                     "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "

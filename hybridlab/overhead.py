@@ -16,6 +16,7 @@ from hybridlab.tokens import Output
 
 LOOPS, TURNS = 2000, 15
 PROMPT, NEW, REQUESTS = 16, 33, 10
+ROUND = 40  # requests whose rows are made together: four arms at ten prompt lengths, as a run has them by default
 
 Row = dict[str, Any]
 
@@ -75,7 +76,7 @@ def _row(out: Output, arm: str, watch: tails.Watch) -> float:
     common = {"round": 0, "arm": arm, "policy": "", "prompt_tokens": PROMPT, "process": 0, "profiled": False}
     ended = [watch.sample() for _ in out.ids]
     start = time.perf_counter_ns()
-    rows = [common | {"request": request} | row for request in range(REQUESTS)
+    rows = [common | {"request": request} | row for request in range(ROUND)
             for row in measure.answered(out, PROMPT, measure.ITL, ended, {"captures": 0, "compiles": 0})]
     rows = measure.explained(rows, watch)
     found = [{**row, "run_id": "overhead"} for row in rows]
