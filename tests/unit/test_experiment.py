@@ -14,6 +14,10 @@ from hybridlab.errors import ConfigError, PromptError, RunError
 CONFIG = {"arms": ["eager", "hybrid"], "lengths": [4, 7], "repeats": 6, "new_tokens": 9, "warmup": 1, "device": "cpu"}
 
 
+FLOORS = [{"metric": "ttft", "prompt_tokens": n, "position": None, "bytes": 1e6, "flops": 1e6, "ms": 1.0,
+           "bound": "memory"} for n in (4, 7)]
+
+
 class Runtime:
     """Half the time in hybrid; `hook` runs at each request; open runtimes are counted."""
 
@@ -42,18 +46,20 @@ class Runtime:
         yield
         self.closed = False
 
-    def generate(self, prompt, max_new_tokens, **options):
+    def generate(self, prompt, max_new_tokens, each=lambda: None, **options):
         self.served += 1
         self.hook()
+        for _ in range(max_new_tokens):
+            each()
         ms = (1.0 if self.arm == "hybrid" else 2.0) + self.served / 1000
         return SimpleNamespace(ids=[5] * max_new_tokens, ttft_ms=10 * ms, itl_ms=[ms] * (max_new_tokens - 1),
                                paths=["graph" if self.arm == "hybrid" else "eager"] * max_new_tokens,
-                               reasons=[""] * max_new_tokens, bucket=None)
+                               reasons=[""] * max_new_tokens, bucket=None, device_ms=[])
 
 
 class Model:
     tokenizer = None
-    dtype = torch.float16
+    dtype, device = torch.float16, torch.device("cpu")
     config = SimpleNamespace(vocab_size=50, bos_token_id=1, max_position_embeddings=64)
     config.get_text_config = lambda: Model.config
 
@@ -67,6 +73,10 @@ def _fakes(monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDLAB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(experiment, "Runtime", Runtime)
     monkeypatch.setattr(experiment.models, "load", lambda spec, *, device, dtype: Model())
+    monkeypatch.setattr(experiment.roofline, "measure", lambda device, dtype, working_set: {"read_gbs": 10.0})
+    monkeypatch.setattr(experiment.roofline, "work", lambda model, context: SimpleNamespace(bytes=1000))
+    monkeypatch.setattr(experiment.roofline, "of_run", lambda model, lengths, new_tokens, rates: {
+        "limits": rates, "floors": FLOORS})
     monkeypatch.setattr(Runtime, "hook", lambda runtime: None)
     monkeypatch.setattr(Runtime, "alive", 0)
 
@@ -194,6 +204,6 @@ def test_threads_are_set_recorded_and_restored():
 
 def test_progress_in_a_log_is_a_line_now_and_then(caplog):
     """Under papermill or in a pipe a redrawn bar would fill the log."""
-    with caplog.at_level(logging.INFO, logger="hybridlab.experiment"):
+    with caplog.at_level(logging.INFO, logger="hybridlab.progress"):
         experiment.run(CONFIG, progress=False)
     assert 1 <= len(caplog.records) <= 3
