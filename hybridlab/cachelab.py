@@ -89,7 +89,7 @@ class CacheResult(experiment.Shown):
         asked = self.requests()
         lengths = len({one.prompt_tokens for one in asked})
         parts = [f"{len(asked)} requests with {lengths} prompt lengths were served from a cold cache in each pass.",
-                 *map(_words, self.table().to_dict("records"))]
+                 *map(_words, self.table().to_dict("records")), tallies.throughput_words(self.rows)]
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
         return "\n".join(parts + tallies.cut_short(self.rows, {

@@ -38,6 +38,27 @@ def settings(rows: pd.DataFrame) -> list[str]:
                                                              for word in re.split(r"(\d+)", name)]))
 
 
+def throughput(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line a setting of a stream: passes, and the tokens a second of a pass: median (tokens_per_s), least, most.
+
+    Inside the clock: first tokens, gaps, and from a last token until the runtime is free again, one request after the
+    other. Outside: pauses, building the runtime, settling after the last request. Raises as `part`.
+    """
+    own = part(rows, "stream")
+    own = own[own["request"].notna()]
+    tokens = own[own["metric"].isin(["ttft", "itl"])].groupby(["setting", "round"]).size()
+    rates = (tokens / (own.groupby(["setting", "round"])["ms"].sum() / 1e3)).groupby("setting")
+    table = pd.DataFrame({"passes": rates.size(), "tokens_per_s": rates.median(), "least": rates.min(),
+                          "most": rates.max()})
+    return table.loc[settings(own)].reset_index(names="setting")
+
+
+def throughput_words(rows: pd.DataFrame) -> str:
+    """`throughput` in one sentence."""
+    lines = [f"{line['setting']} {line['tokens_per_s']:.3g}" for line in throughput(rows).to_dict("records")]
+    return f"Tokens a second, captures and waits included: {', '.join(lines)}."
+
+
 def requests(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a request of a stream, in order.
 
