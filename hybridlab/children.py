@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Child:
             [sys.executable, "-m", module, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             stderr=self._said, env=os.environ | {"PYTHONPATH": path} | environment, pass_fds=tuple(fds),
             start_new_session=True)
-        self.pid = self._process.pid
+        self.pid, self._owner = self._process.pid, os.getpid()
         self.words = ""
 
     def running(self, wait_s: float = 0.0) -> bool:
@@ -48,7 +48,7 @@ class Child:
     def end(self, patience_s: float = 0.0) -> str:
         """Give it `patience_s` to leave by itself, then kill what is left of its session; returns its exit code and its
         last words. Doing so twice is fine."""
-        if not self._said.closed:
+        if not self._said.closed and os.getpid() == self._owner:  # else a fork of the parent drops its copy
             self.running(patience_s)
             with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
                 os.killpg(self.pid, signal.SIGKILL)
@@ -69,8 +69,9 @@ class Child:
         return how + (f": {' | '.join(lines)}" if lines else "")
 
 
-def end_with(parent: int) -> None:
-    """From now on this process ends when its stdin does, or when its parent is another than `parent`."""
+def end_with(parent: int, leaving: Callable[[], object] = lambda: None) -> None:
+    """From now on this process ends when its stdin does, or when its parent is another than `parent`; it calls
+    `leaving` before."""
     line = select.poll()
     line.register(0, select.POLLIN | select.POLLHUP)
 
@@ -78,7 +79,10 @@ def end_with(parent: int) -> None:
         while os.getppid() == parent:
             if line.poll(LOOK_S * 1e3) and not os.read(0, 1):
                 break
-        os.kill(os.getpid(), signal.SIGKILL)  # at once, whatever the other threads hold
+        try:
+            leaving()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)  # at once, whatever the other threads hold
 
     threading.Thread(target=watch, name="hybridlab-line", daemon=True).start()
 

@@ -17,9 +17,10 @@ from hybridlab import kernels, models
 from hybridlab.buckets import ladder
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
-from hybridlab.errors import ConfigError, EngineBusy, NonFinite, RuntimeClosed
+from hybridlab.errors import ConfigError, NonFinite, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
 from hybridlab.kernels.gemm import FEWEST
+from hybridlab.link import exclusive
 from hybridlab.lowered import LoweredExecutor, fuses
 from hybridlab.lowering import twin
 from hybridlab.machine import ridge
@@ -156,18 +157,6 @@ class Engine:
                 yield
             finally:
                 self.counters.compiles += kernels.compiles() - before
-
-
-@contextmanager
-def exclusive(lock: threading.Lock) -> Iterator[None]:
-    """Holds `lock`; raises `EngineBusy` where it is held."""
-    if not lock.acquire(blocking=False):
-        raise EngineBusy("this runtime is serving another request", "a runtime serves one at a time",
-                         "finish or close the other stream first, or make another Runtime")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Ms = Annotated[float, Meta(ge=0.0, le=1e12)]  # neither NaN nor infinite
 
 
-class Frame(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+class Frame(msgspec.Struct, kw_only=True, tag=True, forbid_unknown_fields=True):
     """One message; its class is named in it."""
 
 
@@ -41,7 +41,6 @@ class Build(Frame):
     config: RuntimeConfig
     dtype: str | None = None
     threads: Annotated[int, Meta(ge=1, le=4096)] = 1
-    discard: str = ""          # a directory to remove once the model is loaded
 
 
 class Serve(Frame):

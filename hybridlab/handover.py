@@ -10,6 +10,7 @@ import os
 import struct
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -43,19 +44,19 @@ class Handover:
         self._memory = mmap.mmap(memory, SIZE)
         os.close(memory)
         self._bell = bell
-        self.put_ = self.rung = self.taken = 0
+        self.given = self.rung = self.taken = 0
 
     # --- the worker's side
 
     def put(self, token: int, way: int, ms: float) -> None:
         """Give one token; the caller has looked for room."""
-        SLOT.pack_into(self._memory, RING + self.put_ % SLOTS * SLOT.size, self.put_ + 1, token, way, ms, now_ns())
-        self.put_ += 1
+        SLOT.pack_into(self._memory, RING + self.given % SLOTS * SLOT.size, self.given + 1, token, way, ms, now_ns())
+        self.given += 1
         os.write(self._bell, b"\0")
 
     def room(self) -> bool:
         """Whether the client has taken enough for one more token."""
-        return self.put_ - NUMBER.unpack_from(self._memory, TAKEN)[0] < SLOTS
+        return self.given - NUMBER.unpack_from(self._memory, TAKEN)[0] < SLOTS
 
     def cancelled(self, number: int) -> bool:
         """Whether the client wants no more of request `number`."""
@@ -73,10 +74,8 @@ class Handover:
 
     def listen(self) -> int:
         """Count the rings of the bell so far; returns how many tokens can be taken."""
-        try:
+        with suppress(BlockingIOError):
             self.rung += len(os.read(self._bell, SLOTS))
-        except BlockingIOError:
-            pass
         return self.rung - self.taken
 
     def take(self) -> Given:

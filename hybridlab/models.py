@@ -74,7 +74,7 @@ def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
             raise ModelError("config.json is missing", f"in {folder}", "give a folder in Hugging Face layout")
         config = _config(path, checkpoint.check_config(path))
         kind = config.dtype or torch.float32
-    model = _skeleton(config, kind, name)
+    model = shell(config, kind, name)
     model.tokenizer, model.name_or_path = None, name
     return model.eval().requires_grad_(False)
 
@@ -139,7 +139,7 @@ def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedMod
     """Seeded weights by transformers' own initialisation, made on `device` in `dtype`: there is never a second copy."""
     config = AutoConfig.for_model(**names.architecture(name))
     kind = getattr(torch, dtype) if dtype else random_dtype(device)
-    _require_memory(_skeleton(config, kind, name), device, name)
+    _require_memory(shell(config, kind, name), device, name)
     cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), device:
         torch.manual_seed(SEED)
@@ -186,7 +186,7 @@ def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> Pr
     with _quiet():
         config = _config(found.directory / "config.json", found.config)
         kind = getattr(torch, dtype or own_dtype(found))
-        bare = _skeleton(config, kind, folder)
+        bare = shell(config, kind, folder)
         problems = _wrong_dtypes(bare, found)
         _require_memory(bare, torch.device("cpu"), folder)
         model, problems_of_names = _read_weights(folder, kind)
@@ -220,7 +220,7 @@ def own_dtype(found: checkpoint.Checkpoint) -> str:
     return named or next((known[t.dtype] for t in found.tensors.values() if t.dtype in known), "float32")
 
 
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: object) -> PreTrainedModel:
+def shell(config: PreTrainedConfig, dtype: torch.dtype, where: object) -> PreTrainedModel:
     """The model without memory, to know its names and size before anything is allocated."""
     try:
         with torch.device("meta"):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hybridlab import models, outlines
 from hybridlab.buckets import bucket_for, captured_ahead
 from hybridlab.cells import require_possible
+from hybridlab.client import Client
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
 from hybridlab.counters import Counters
 from hybridlab.engine import DEFAULT_MAX_LEN as DEFAULT_MAX_LEN
@@ -23,7 +24,6 @@ from hybridlab.frames import Build
 from hybridlab.plan import Plan
 from hybridlab.request import Request, request
 from hybridlab.tokens import Output, Step, Token
-from hybridlab.client import Client
 
 
 class Runtime:
@@ -203,6 +203,6 @@ class Runtime:
 
 def _apart(model: Any, config: RuntimeConfig) -> tuple[PreTrainedModel, Client]:
     """The model without weights, and a worker that has them."""
-    with outlines.sent(model, device=config.device, dtype=config.dtype) as (outline, source):
-        worker = Client(Build(config=config, threads=torch.get_num_threads(), **source))
-    return outline.to(getattr(torch, worker.dtype)), worker
+    with outlines.sent(model, config) as (outline, folder, source):
+        client = Client(config, lambda: Build(config=config, threads=torch.get_num_threads(), **source()), folder)
+    return outline.to(getattr(torch, client.dtype)), client

@@ -1,8 +1,8 @@
 """The second process, `python -m hybridlab.worker`: hosts an engine for the `client` that started it.
 
-Orders and answers go over an inherited socket (`frames`), token ids through inherited memory (`handover`). It runs ahead
-of its client by what the ring of ids holds, and lives as long as its client does. What serving needs is imported once
-this process is tied to its parent's life: that takes seconds.
+Orders and answers go over an inherited socket (`frames`), token ids through inherited memory (`handover`). It runs
+ahead of its client by what the ring of ids holds, and lives as long as its client does. What serving needs is imported
+once this process is tied to its parent's life: that takes seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from hybridlab import children
@@ -44,20 +44,38 @@ if TYPE_CHECKING:
     from hybridlab.engine import Engine
 
 
-def main(parent: int, main_thread: int, control: int, memory: int, bell: int) -> int:
-    """Serve until the client says so or is gone; returns the exit code."""
-    children.end_with(parent)
-    if main_thread:
-        children.die_with_parent()
+def main(arguments: Sequence[str]) -> int:
+    """Serve until the client says so or is gone; returns the exit code.
+
+    Arguments: the process that started this one, and whether its main thread did; the inherited descriptors of socket,
+    memory and bell; a directory with a model, or nothing, which is removed once that is loaded or this process ends.
+    """
+    parent, main_thread, control, memory, bell = map(int, arguments[:5])
+    folder = arguments[5]
+
+    def discard() -> None:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def make(order: Build) -> Engine:
+        try:
+            return build(order)
+        finally:
+            discard()
+            if main_thread:
+                children.die_with_parent()  # from now on there is nothing to remove before
+
+    children.end_with(parent, discard)
     with closing(Channel(socket.socket(fileno=control), Order)) as channel:
         try:
             with closing(Handover(memory, bell)) as handover:
-                serve(channel, handover, build)
+                serve(channel, handover, make)
         except EOFError:
             return 0  # the client is gone
         except BaseException as error:  # what state this process is in is not known: it leaves
             traceback.print_exc()
-            channel.send(failure(error, fatal=True), timeout_s=1.0)
+            with suppress(OSError, EOFError):
+                channel.send(failure(error, fatal=True), timeout_s=1.0)
             sys.stderr.flush()
             os._exit(1)  # a broken device may hang in what runs at the end of a process
     return 0
@@ -82,11 +100,7 @@ def build(order: Build) -> Engine:
     from hybridlab.engine import Engine
 
     gc.freeze()  # what was imported stays, and need not be looked through again
-    try:
-        model = models.load(order.model, device=order.config.device, dtype=order.dtype)
-    finally:
-        if order.discard:
-            shutil.rmtree(order.discard, ignore_errors=True)
+    model = models.load(order.model, device=order.config.device, dtype=order.dtype)
     model.name_or_path = order.name
     if model.device.type == "cpu":
         torch.set_num_threads(order.threads)
@@ -180,4 +194,4 @@ def failure(error: BaseException, fatal: bool = False) -> Failed:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))
