@@ -46,7 +46,7 @@ LEVELS = (
     ("runtime",),
     ("measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables"),
+     "tracetables", "crossing"),
     ("capturing",),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab"),
