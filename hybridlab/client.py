@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
@@ -11,8 +12,10 @@ from hybridlab.frames import Build, Describe, Described, Done, Echo, Prepare, Re
 from hybridlab.handover import now_ns
 from hybridlab.link import Link
 from hybridlab.plan import Plan
-from hybridlab.request import Request
 from hybridlab.tokens import Step
+
+if TYPE_CHECKING:
+    from hybridlab.request import Request
 
 
 class Client:
@@ -44,7 +47,7 @@ class Client:
         self.client_ms, self.handover_ms, self._device_ms = [], [], []
         before = now_ns()
         with self.link.request(ids=asked.ids, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling,
-                               stop=sorted(asked.stop)):
+                               stop=asked.stop):
             while not isinstance(found := self.link.token(), Done):
                 given, way = found
                 now = now_ns()

@@ -19,6 +19,7 @@ from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, NonFinite, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
+from hybridlab.frames import Serve
 from hybridlab.kernels.gemm import FEWEST
 from hybridlab.link import exclusive
 from hybridlab.lowered import LoweredExecutor, fuses
@@ -76,7 +77,7 @@ class Engine:
         arm = self.config.arm
         return partition(self.model, None if arm == "eager" else self.config.policy, phase, *length).for_arm(arm)
 
-    def serve(self, asked: Request) -> Generator[tuple[Step, float], None, None]:
+    def serve(self, asked: Request | Serve) -> Generator[tuple[Step, float], None, None]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
             flying, over = deque[Launched](), False

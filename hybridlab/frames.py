@@ -50,7 +50,7 @@ class Serve(Frame):
     ids: Annotated[list[Id], Meta(min_length=1)]
     max_new_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
     sampling: Sampling
-    stop: list[Id]
+    stop: frozenset[Id]
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.sampling.temperature):

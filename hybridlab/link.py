@@ -80,6 +80,8 @@ class Link:
             self.require_open()
             if self._dead is not None:
                 raise type(self._dead)(self._dead.fact, self._dead.context, self._dead.remedy)
+            if self._owed:  # to one who was interrupted
+                self._abandon(10 * self.step_timeout_s)
             try:
                 yield
             finally:
@@ -138,8 +140,6 @@ class Link:
         return self._last if self.closed else self._handover.counters()
 
     def _say(self, order: Frame) -> None:
-        if self._owed:  # to one who was interrupted
-            self._abandon(10 * self.step_timeout_s)
         self._owed = True
         try:
             self._channel.send(order, self.step_timeout_s)

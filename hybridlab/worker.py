@@ -139,16 +139,12 @@ class _Host:
         self.channel.send(answer)
 
     def _serve(self, order: Serve) -> Done:
-        from hybridlab.request import Request
-
         vocabulary, count = self.engine.model.config.vocab_size, 0
         if max(order.ids) >= vocabulary or len(order.ids) + order.max_new_tokens > self.engine.max_len:
             raise ProtocolError("a request does not fit the model", f"ids up to {max(order.ids)} of {vocabulary}, "
                                 f"{len(order.ids)} and {order.max_new_tokens} tokens of {self.engine.max_len}",
                                 "the client has to refuse it")
-        asked = Request(ids=order.ids, max_new_tokens=order.max_new_tokens, sampling=order.sampling,
-                        stop=frozenset(order.stop))
-        with closing(self.engine.serve(asked)) as steps:
+        with closing(self.engine.serve(order)) as steps:
             for step, ms in steps:
                 way = self._way(step.path, step.reason)
                 if not self._room(order.number):
