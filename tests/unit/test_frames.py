@@ -169,7 +169,7 @@ def test_one_who_does_not_listen_is_not_waited_for():
         Channel(one, Answer).send(Prepare(lengths=[2**31 - 1] * 2**20), timeout_s=0.1)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), framed=st.booleans())
 def test_random_bytes_end_in_a_refusal_or_a_frame(data, framed):
     """Some bytes that raise anything else, or are waited for, would hang or kill whoever reads them."""
@@ -188,7 +188,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 
                       | st.binary(max_size=9), lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from([*SERVE, "config", "model", "closed"]), values, max_size=7),
        name=st.sampled_from(["Serve", "Build", "Prepare", "Seal", "Echo"]))
 def test_random_fields_end_in_a_refusal_or_in_range(fields, name):
