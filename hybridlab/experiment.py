@@ -17,7 +17,7 @@ import torch
 from hybridlab import environment, measure, models, names, records, restarts, roofline, stats
 from hybridlab.cells import cells, require_distinct, require_steps
 from hybridlab.config import RunConfig, as_dict, build
-from hybridlab.errors import ConfigError, RunError
+from hybridlab.errors import RunError
 from hybridlab.progress import Report, reporter
 from hybridlab.runtime import Runtime
 from hybridlab.telemetry import Telemetry
