@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridlab import ledger, notebooks, restarts
+from hybridlab import ledger, notebooks, paths, restarts, store
 from hybridlab.errors import HybridlabError, SweepError
 from hybridlab.parameters import read_notebook
 from hybridlab.records import RUN_VARIABLE, atomic_write
@@ -56,10 +56,10 @@ def perform(notebook: str, parameters: dict[str, Any], note: dict[str, Any], tim
 
 
 def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
-        tick: Callable[[], None] = lambda: None) -> ledger.Entry:
+        tick: Callable[[], object] = lambda: None) -> ledger.Entry:
     """One job from the start of its process to the end, judged by the manifest that it left. `tick` is called twice a
     second meanwhile. On Ctrl-C the job may mark its run failed before it ends."""
-    environment = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}
+    environment = {name: value for name, value in paths.importing().items() if name != RUN_VARIABLE}
     began = time.monotonic()
     with (tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
           tempfile.TemporaryFile("w+", encoding="utf-8") as told,
@@ -82,6 +82,27 @@ def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
         return ledger.state(Path(place))
     reason = f"exit code {process.returncode} before a run was recorded: {' | '.join(words[-restarts.LAST:])}"
     return ledger.Entry(root, "failed", reason, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where jobs run: what they are measured on there (see `store.FACTS`), how many at a time, and what runs them,
+    calling a function twice a second, and yields each with its run."""
+
+    facts: dict[str, dict[str, str | None]]
+    slots: int
+    run: Callable[[Callable[[], object]], Generator[tuple[Job, ledger.Entry], None, None]]
+
+
+def here(sweep: Sweep, todo: list[Job], root: Path, lock: int) -> Executor:
+    """One job at a time on this machine, in the order given."""
+    devices = sorted({job.cell.config.device for job in todo})
+
+    def each(tick: Callable[[], object]) -> Generator[tuple[Job, ledger.Entry], None, None]:
+        for job in todo:
+            yield job, run(request(sweep, job), root, (lock,), tick)
+
+    return Executor({f"this machine ({device})": store.here(device) for device in devices}, 1, each)
 
 
 @contextlib.contextmanager

@@ -63,11 +63,13 @@ def done(found: Mapping[str, list[Entry]], job: Job) -> Entry | None:
     return next((entry for entry in found.get(job.id, ()) if entry.status == COMPLETE), None)
 
 
-def expected(found: Mapping[str, list[Entry]], job: Job) -> float | None:
-    """How long a job should take in seconds: the median of the complete runs of its cell; None before the first."""
-    times = [entry.seconds for name, entries in found.items() if name.rpartition("-")[0] == job.cell.id
-             for entry in entries if entry.status == COMPLETE and entry.seconds is not None]
-    return statistics.median(times) if times else None
+def expected(found: Mapping[str, list[Entry]]) -> dict[str, float]:
+    """How long a run of each cell takes in seconds, by its id: the median of the complete ones, where there is one."""
+    times: dict[str, list[float]] = {}
+    for name, entries in found.items():
+        times.setdefault(name.rpartition("-")[0], []).extend(
+            entry.seconds for entry in entries if entry.status == COMPLETE and entry.seconds is not None)
+    return {cell: statistics.median(own) for cell, own in times.items() if own}
 
 
 def facts(path: Path) -> dict[str, str | None]:

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import os
-import site
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
+from hybridlab import paths
 from hybridlab.config import as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
 from hybridlab.manifests import MANIFEST
@@ -162,11 +162,7 @@ def _kernel_manager(run_path: Path, held: tuple[int, ...]) -> Iterator[type[Asyn
 
     spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
                       language="python", display_name="Python 3")
-    environment = dict(os.environ, HYBRIDLAB_RUN=str(run_path.resolve()), PLOTLY_RENDERER=RENDERER)
-    home = str(Path(__file__).resolve().parent.parent)
-    if home not in site.getsitepackages():  # used from a checkout that is not installed
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-
+    environment = paths.importing() | {RUN_VARIABLE: str(run_path.resolve()), "PLOTLY_RENDERER": RENDERER}
     with tempfile.TemporaryDirectory(prefix="hybridlab-", ignore_cleanup_errors=True) as private:
         class OwnKernel(AsyncKernelManager):
             def __init__(self, **settings: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import environment, paths, records, stats
+from hybridlab import environment, paths, records
 from hybridlab.config import as_dict
 from hybridlab.errors import ConfigError, RunError, choose, nearest
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, UNFINISHED, load
@@ -199,8 +199,11 @@ def _told(run: records.Recorded) -> dict[str, Any]:
 
 def estimated(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]:
     """A quantile and its interval as columns; None where n does not allow one."""
+    from hybridlab import stats  # late: scipy takes a second, and a table of runs needs none
+
     found = stats.quantile(values, q) if len(values) >= stats.needed(q) else None
-    return {name: found and found.value, f"{name}_low": found and found.low, f"{name}_high": found and found.high}
+    value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def headlines(run: records.Recorded) -> pd.DataFrame:

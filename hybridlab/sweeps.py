@@ -43,7 +43,7 @@ class SweepFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     timeout_s: Annotated[float, Meta(gt=0)] = 1800.0           # of one cell of the notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One combination of the matrix: its values there, all parameters, the settings they give, and a name for both."""
 
@@ -135,8 +135,8 @@ def _cells(file: SweepFile, notebook: nbformat.NotebookNode, name: str) -> list[
     if math.prod(map(len, file.matrix.values())) > MOST_JOBS:
         raise SweepError("the matrix has more cells than a sweep may have jobs", f"at most {MOST_JOBS:,}", "split it")
     found: dict[str, Cell] = {}
-    for values in _kept(file):
-        cell = _cell(values, file.parameters | values, notebook, name)
+    for own in _kept(file):
+        cell = _cell(own, file.parameters | own, notebook, name)
         if cell.id in found:
             raise SweepError("two cells measure the same", f"{found[cell.id].label} and {cell.label}",
                              "leave one of them out")
