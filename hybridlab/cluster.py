@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
@@ -23,19 +25,20 @@ START_S = 60.0  # for a node to say what it is
 
 @contextlib.contextmanager
 def joined(address: str) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address` ("auto", host:port, ray://host:port) or to one of its own ("local"),
-    which is reached from this machine only, without a dashboard, and ends with the block.
+    """Ray, connected to the cluster at `address` ("auto", host:port, ray://host:port) or to one of its own ("local").
+    That one has no dashboard, serves only who holds its secret, and ends with the block.
 
     Raises: SweepError without Ray or a cluster.
     """
+    if address == "local":  # Ray reads these when it is imported; its servers listen on every interface
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
     try:
         import ray
     except ImportError:
         raise SweepError("Ray is not installed", "--cluster needs it", "pip install 'hybridlab[cluster]'") from None
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.2" if sys.platform == "linux" else None}
     try:
         ray.init(**settings)
     except Exception as error:  # what it raises depends on the kind of address and on the version

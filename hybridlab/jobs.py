@@ -79,7 +79,7 @@ def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
         said.seek(0)
         place, words = told.read().strip(), [line.strip() for line in said if line.strip()]
     if place:
-        return ledger.state(Path(place))
+        return ledger.state(Path(place))._replace(seconds=time.monotonic() - began)
     reason = f"exit code {process.returncode} before a run was recorded: {' | '.join(words[-restarts.LAST:])}"
     return ledger.Entry(root, "failed", reason, time.monotonic() - began)
 

@@ -97,7 +97,7 @@ class Sweep:
 
 def label(values: Mapping[str, Any]) -> str:
     """A cell's values as one line."""
-    return ", ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+    return ", ".join(f"{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
                      for name, value in values.items()) or "the notebook"
 
 
