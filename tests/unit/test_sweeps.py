@@ -21,8 +21,8 @@ MACHINE = {"cpu": "Test CPU", "gpu": [], "python": "3.12", "hybridlab": "1", "co
 
 
 def row(ms: float) -> dict[str, Any]:
-    return {"round": 0, "request": 0, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None, "index": 0,
-            "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0, "compiles": 0,
+    return {"round": 0, "request": 0, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None,
+            "index": 0, "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0, "compiles": 0,
             "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0, "profiled": False}
 
 
@@ -298,7 +298,7 @@ def test_runs_are_what_repeats() -> None:
 def test_how_long_it_takes_is_told_from_runs_of_the_same_cells(file: Path) -> None:
     """An estimate from other cells alone can be off by the whole night."""
     every = sweeps.read(file).jobs()
-    one, two, three = sweeps.read(file).cells
+    one, two, _ = sweeps.read(file).cells
     entry = ledger.Entry(Path("x"), "complete", "", 10.0)
     found = {f"{one.id}-1": [entry, entry._replace(seconds=20.0), entry._replace(status="failed", seconds=900.0)],
              f"{two.id}-9": [entry._replace(seconds=30.0)]}
