@@ -212,8 +212,6 @@ def test_jobs_run_on_a_ray_cluster_one_a_gpu_and_join_the_same_store(
     assert spans[0][1] < spans[1][0], "they ran side by side"
     assert complete(tmp_path / "runs") == {job.id: 1 for job in sweeps.read(file).jobs() if job.cell.values != {
         "repeats": 2}}
-    again = start()  # what is left, on this machine: what came back counts
-    assert "[1/1] repeats=2" in again.communicate(timeout=120)[0]
 
 
 @pytest.mark.slow
