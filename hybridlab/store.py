@@ -26,7 +26,7 @@ ESTIMATES = ("p50", "p99")
 
 
 def runs(root: Path | str | None = None) -> pd.DataFrame:
-    """One row a run directory, the oldest first; no row of a run is read, and no hash checked.
+    """One row a run directory, by run_id, the oldest first; no row of a run is read, and no hash checked.
 
     Without `root`, a folder of `<machine>/<run_id>/`, those that git keeps in data/runs and the user's own. Columns:
     run_id, kind, status ("complete", "failed", "incomplete", or "unreadable"), reason, machine, model, rows, started,
@@ -37,7 +37,7 @@ def runs(root: Path | str | None = None) -> pd.DataFrame:
     table = pd.DataFrame(lines, columns=[*OWN, *FIELDS], dtype=object)
     table = table.astype({"rows": "Int64", "seconds": "Float64"})
     table["started"] = pd.to_datetime(table["started"], utc=True)
-    return table.sort_values("started", kind="stable", na_position="first", ignore_index=True)
+    return table.sort_values("run_id", kind="stable", ignore_index=True)
 
 
 def directories(root: Path | str | None = None) -> list[Path]:

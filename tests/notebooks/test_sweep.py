@@ -143,10 +143,11 @@ def test_a_sweep_killed_at_any_moment_is_completed_by_starting_it_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code", "status"), [
-    (signal.SIGKILL, -signal.SIGKILL, "incomplete"), (signal.SIGINT, 130, "failed")])
-def test_a_sweep_takes_its_job_and_kernel_along(how: signal.Signals, code: int, status: str, tmp_path: Path,
-                                                start: Callable[..., subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize(("how", "job_too", "code", "status"), [
+    (signal.SIGKILL, False, -signal.SIGKILL, "incomplete"), (signal.SIGKILL, True, -signal.SIGKILL, "incomplete"),
+    (signal.SIGINT, False, 130, "failed")], ids=["killed", "killed with its job", "interrupted"])
+def test_a_sweep_takes_its_job_and_kernel_along(how: signal.Signals, job_too: bool, code: int, status: str,
+                                                tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     """A kernel that outlives its sweep measures on beside the next one, on the same cores and the same GPU."""
     write(tmp_path, RECORD, WAIT, FINISH)
     process, kernel = start(), tmp_path / "kernel"
@@ -154,7 +155,11 @@ def test_a_sweep_takes_its_job_and_kernel_along(how: signal.Signals, code: int, 
     pid = int(kernel.read_text())
     with (tmp_path / "runs" / jobs.LOCK).open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    job = psutil.Process(pid).parent()
     process.send_signal(how)
+    if job_too:
+        assert job is not None
+        job.kill()
     assert process.wait(60) == code, process.communicate()[0]
     with jobs.alone(tmp_path / "runs"):  # what the next sweep waits for
         assert not alive(pid)

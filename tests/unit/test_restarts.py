@@ -73,6 +73,22 @@ def test_a_process_ends_with_its_parent():
     child.stdout.close()
 
 
+def test_what_a_process_started_ends_with_its_parent_too():
+    """A kernel that a job has started would go on after both, and hold the GPU."""
+    code = ("import json, subprocess, sys, time; from hybridlab import restarts; restarts.asked(sys.stdin, json.loads); "
+            "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True).pid, "
+            "flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdin.write(b"{}\n")
+    child.stdin.flush()
+    below = psutil.Process(int(child.stdout.readline()))
+    child.stdin.close()
+    assert child.wait(20) == 1
+    child.stdout.close()
+    psutil.wait_procs([below], timeout=20)
+    assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+
+
 def test_nothing_is_left_when_the_parent_gives_up():
     """Ctrl-C in the parent must end the process that measures."""
     with Path(os.devnull).open("w") as said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ MACHINE = {"cpu": "Test CPU", "gpu": [], "python": "3.12", "hybridlab": "1", "co
 
 def row(ms: float) -> dict[str, Any]:
     return {"round": 0, "request": 0, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None,
-            "index": 0, "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0, "compiles": 0,
-            "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0, "profiled": False}
+            "index": 0, "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0,
+            "compiles": 0, "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0,
+            "profiled": False}
 
 
 def notebook(folder: Path, *cells: str) -> Path:
@@ -373,6 +375,25 @@ def test_no_two_timings_share_a_gpu_or_a_node(nodes: Any, device: str, wanted: A
     else:
         assert cluster.needs(Nodes(*nodes), job) == wanted
         assert cluster.slots(Nodes(*nodes), wanted) == slots
+
+
+def test_without_ray_a_cluster_is_refused(file: Path, tmp_path: Path, machine: Machine,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is optional: a traceback of an import would not say what to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SweepError, match=r"Ray is not installed .*hybridlab\[cluster\]"):
+        sweeping.run(file, tmp_path / "runs", address="auto")
+    assert machine.started == []
+
+
+def test_a_notebook_that_changes_while_its_sweep_runs_is_refused(file: Path, tmp_path: Path) -> None:
+    """The rest of the jobs would measure something else under the same name."""
+    sweep = sweeps.read(file)
+    wanted = jobs.request(sweep, sweep.jobs()[0])
+    notebook(tmp_path, "x = repeats + 1")
+    with pytest.raises(SweepError, match="was changed while the sweep ran"):
+        jobs.perform(**wanted, root=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_example_is_a_sweep() -> None:
