@@ -75,9 +75,9 @@ def test_a_process_ends_with_its_parent():
 
 def test_what_a_process_started_ends_with_its_parent_too():
     """A kernel that a job has started would go on after both, and hold the GPU."""
-    code = ("import json, subprocess, sys, time; from hybridlab import restarts; restarts.asked(sys.stdin, json.loads); "
-            "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True).pid, "
-            "flush=True); time.sleep(60)")
+    code = ("import json, subprocess, sys, time; from hybridlab import restarts; restarts.asked(sys.stdin, json.loads);"
+            "below = [sys.executable, '-c', 'import time; time.sleep(60)'];"
+            "print(subprocess.Popen(below, start_new_session=True).pid, flush=True); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdin.write(b"{}\n")
     child.stdin.flush()
