@@ -101,6 +101,10 @@ class NotebookError(HybridlabError):
     """A notebook or its parameters were refused before a kernel started."""
 
 
+class SweepError(HybridlabError, ValueError):
+    """A sweep was refused before its first job started."""
+
+
 class NotebookFailed(HybridlabError):
     """A notebook started and did not finish: a cell failed, timed out, or its kernel died."""
 

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from hybridlab import environment, measure, models, names, outlines, records, restarts, roofline, stats
-from hybridlab.cells import cells, require_steps
+from hybridlab.cells import cells, require_distinct, require_steps
 from hybridlab.config import RunConfig, as_dict, build
-from hybridlab.errors import ConfigError, RunError
+from hybridlab.errors import RunError
 from hybridlab.progress import Report, reporter
 from hybridlab.runtime import Runtime
 from hybridlab.telemetry import Telemetry
@@ -211,13 +211,7 @@ def _cache_rows(model: Any, config: RunConfig) -> int:
 
 def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
-    for name in ("arms", "lengths", "policy", "kernels", "steps"):
-        values = getattr(config, name)
-        if isinstance(values, tuple) and len(set(values)) != len(values):
-            raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
-    if config.restarts > config.repeats:
-        raise ConfigError(f"restarts is {config.restarts}", f"{config.repeats} rounds are shared by them",
-                          "give at least as many repeats")
+    require_distinct(config)
     require_steps(config, on_cpu=models.resolve_device(config.device).type == "cpu")
     return config
 
