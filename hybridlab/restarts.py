@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,16 +85,22 @@ def _one(part: RunConfig, process: int, root: Path, progress: Callable[[int], No
     wanted = json.dumps({"config": as_dict(part), "root": str(root), "process": process})
     environment = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
     with (root / "said").open("w+", encoding="utf-8", errors="replace") as said:
-        with _child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as child:
-            assert child.stdin is not None
-            child.stdin.write(wanted.encode() + b"\n")
-            child.stdin.flush()
-            while _going(child):
+        with child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as going:
+            assert going.stdin is not None
+            going.stdin.write(wanted.encode() + b"\n")
+            going.stdin.flush()
+            while _going(going):
                 progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
-        said.seek(0)
-        lines = [line.strip() for line in said if line.strip()]
+        words = last_words(going, said)
     (root / "said").unlink()
-    return f"exit code {child.returncode}: " + " | ".join(lines[-LAST:])
+    return words
+
+
+def last_words(ended: subprocess.Popen[bytes], said: TextIO) -> str:
+    """Its exit code and the last lines that it said."""
+    said.seek(0)
+    lines = [line.strip() for line in said if line.strip()]
+    return f"exit code {ended.returncode}: " + " | ".join(lines[-LAST:])
 
 
 def _going(child: subprocess.Popen[bytes]) -> bool:
@@ -106,15 +112,18 @@ def _going(child: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def _child(command: list[str], said: TextIO, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, none of which is left behind."""
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment,
-                             start_new_session=True)
+def child(command: list[str], said: TextIO, environment: dict[str, str],
+          answers: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, none of which is left behind; `answers`: where its standard output goes."""
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=answers, stderr=said, env=environment,
+                               start_new_session=True)
     try:
-        yield child
+        yield started
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        for pipe in (started.stdin, started.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # what was not read any more
+                    pipe.close()
