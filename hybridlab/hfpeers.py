@@ -28,7 +28,8 @@ class Generate(Peer):
 
     def run(self, ids: list[int], count: int, give: Give) -> None:
         given = torch.tensor([ids], device=self.model.device)
-        self.model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, streamer=_Streamer(give))
+        self.model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count,
+                            streamer=_Streamer(give))
 
 
 class _Streamer:

@@ -79,6 +79,16 @@ def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def described(name: str) -> tuple[PreTrainedModel, Path | None]:
+    """What `skeleton` gives for a name, with its tokenizer, and the directory of its checkpoint, which is fetched if it
+    is not here; None for random weights."""
+    folder = None if name.startswith(names.RANDOM) else names.directory(name) or _fetch(name)
+    model = skeleton(folder or name)
+    if folder is not None:
+        model.tokenizer = _tokenizer(checkpoint.inspect(folder), model)
+    return model, folder
+
+
 def context(model: PreTrainedModel) -> int | None:
     """Tokens that `model` holds; None where it sets no limit, as with ALiBi.
 

@@ -1,7 +1,7 @@
 """One system of a comparison in a process of its own: started by one question, then asked request by request.
 
-Whatever it is, it answers as a runtime does and is timed by `measure.serve`: from token ids on the host to the first new
-id on the host, and from one id to the next.
+Whatever it is, it answers as a runtime does and is timed by `measure.serve`: from token ids on the host to the first
+new id on the host, and from one id to the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybridlab import conversation, measure, models, nearties, roofline, tails
-from hybridlab.config import RunConfig, build
+from hybridlab.config import RunConfig, build, policy, policy_name
 from hybridlab.counters import Counters
 from hybridlab.engines import ENGINES, PeersConfig, version
 from hybridlab.runtime import Runtime
@@ -28,8 +28,9 @@ Give = Callable[[int], None]
 
 
 class Asked(NamedTuple):
-    """What starts a system. `cell`: how an arm of ours runs; `prompts`: ids of each that will be asked for; `max_len`:
-    rows of the longest request; `folder`: an empty directory of its own; `limits`: it measures those of the machine."""
+    """What starts a system. `cell`: arm and kernels of one of ours; `prompts`: ids of each that will be asked for;
+    `max_len`: rows of the longest request; `folder`: an empty directory of its own; `limits`: it measures those of the
+    machine."""
 
     config: PeersConfig
     cell: dict[str, Any]
@@ -61,7 +62,7 @@ class Peer(ABC):
     def generate(self, prompt: Sequence[int], max_new_tokens: int, each: Callable[[], Any] | None = None,
                  **_: Any) -> Output:
         """As `Runtime.generate` answers and times it; `each` is called after every token, outside of its time."""
-        ids, ms = list[int](), list[float]()
+        ids, ms, start = list[int](), list[float](), 0
 
         def give(token: int) -> None:
             nonlocal start
@@ -88,7 +89,7 @@ class Peer(ABC):
         return {"versions": {name: version(name) for name in names}, "weights": self.weights,
                 "comparable": self.comparable, "reason": self.reason}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027: most have nothing to close
         """Leave nothing running."""
 
 
@@ -104,9 +105,10 @@ class Ours(Peer):
         if asked.limits:
             rates = roofline.measure(self.model.device, self.model.dtype, roofline.work(self.model, context=1).bytes)
             self.limits = roofline.of_run(self.model, config.lengths, config.new_tokens, rates)
-        self.runtime = Runtime(self.model, device=config.device, capture="sync", max_len=asked.max_len, **asked.cell)
-        self.reason = (f"arm {asked.cell['arm']}, policy {asked.cell['policy']}, "
-                       f"{'fused kernels' if self.runtime.fused else 'stock products'}")
+        self.runtime = Runtime(self.model, policy=config.policy, device=config.device, capture="sync",
+                               max_len=asked.max_len, run_ahead=config.run_ahead, **asked.cell)
+        kernels = "fused kernels" if self.runtime.fused else "stock modules"
+        self.reason = f"policy {policy_name(policy(config.policy))}, {kernels}, run_ahead {config.run_ahead}"
         self.stack = ExitStack()
 
     def run(self, ids: list[int], count: int, give: Give) -> None:
@@ -127,7 +129,7 @@ class Ours(Peer):
         self.stack.enter_context(self.runtime.sealed())
 
     def notes(self) -> dict[str, Any]:
-        return super().notes() | {"roofline": self.limits}
+        return super().notes() | {"roofline": self.limits, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def close(self) -> None:
         self.stack.close()
