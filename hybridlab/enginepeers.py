@@ -11,6 +11,7 @@ import math
 import os
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -48,9 +49,10 @@ class Weights:
             self.bare.config.save_pretrained(asked.folder)
 
     @property
-    def load_format(self) -> str:
-        """As both engines name it."""
-        return "auto" if self.own else "dummy"
+    def arguments(self) -> dict[str, Any]:
+        """As both engines name them."""
+        return {"model": str(self.directory), "dtype": str(self.bare.dtype).removeprefix("torch."),
+                "load_format": "auto" if self.own else "dummy"}
 
     @property
     def words(self) -> str:
@@ -59,10 +61,6 @@ class Weights:
     def kv_bytes(self, tokens: int) -> int:
         """Of a KV cache twice as long as the longest request: blocks are rounded up, and some are kept free."""
         return max(KV_LEAST, 2 * tokens * sum(layer.row for layer in Demand(self.bare).layers))
-
-    @property
-    def dtype(self) -> str:
-        return str(self.bare.dtype).removeprefix("torch.")
 
 
 class VLLM(Peer):
@@ -89,7 +87,7 @@ class VLLM(Peer):
         kv = weights.kv_bytes(asked.max_len)
         total = torch.cuda.get_device_properties(0).total_memory
         self.llm = LLM(
-            model=str(weights.directory), load_format=weights.load_format, dtype=weights.dtype, skip_tokenizer_init=True,
+            **weights.arguments, skip_tokenizer_init=True,
             max_model_len=asked.max_len, enable_prefix_caching=False, kv_cache_memory_bytes=kv,
             gpu_memory_utilization=math.ceil(100 * (weights.bytes + kv + BESIDE) / total) / 100,
             seed=asked.config.seed, disable_log_stats=True)
@@ -129,7 +127,7 @@ class TensorRTLLM(Peer):
         from tensorrt_llm.llmapi import CudaGraphConfig, KvCacheConfig
 
         self.llm = LLM(
-            model=str(weights.directory), load_format=weights.load_format, dtype=weights.dtype, skip_tokenizer_init=True,
+            **weights.arguments, skip_tokenizer_init=True,
             max_batch_size=1, max_seq_len=asked.max_len, cuda_graph_config=CudaGraphConfig(batch_sizes=[1]),
             kv_cache_config=KvCacheConfig(enable_block_reuse=False, max_tokens=2 * asked.max_len))
         # Without a tokenizer it wants to be told an end token, also where it is to be ignored.

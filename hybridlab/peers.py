@@ -89,7 +89,7 @@ class Peer(ABC):
         return {"versions": {name: version(name) for name in names}, "weights": self.weights,
                 "comparable": self.comparable, "reason": self.reason}
 
-    def close(self) -> None:  # noqa: B027: most have nothing to close
+    def close(self) -> None:  # noqa: B027
         """Leave nothing running."""
 
 
