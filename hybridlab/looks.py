@@ -10,7 +10,7 @@ COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "
            "hf-generate": "#8A8A8A", "hf-compile": "#CC79A7", "hf-compile-prefill": "#882255", "vllm": "#D55E00",
            "tensorrt-llm": "#56B4E9"}
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up",  # also without colour
-           "hf-generate": "circle-open", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
+           "hf-generate": "triangle-down", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
            "tensorrt-llm": "hexagon"}
 DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot", "steps": "longdash"}  # by last word
 

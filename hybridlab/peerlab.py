@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class PeersResult(experiment.Shown):
     def systems(self) -> dict[str, dict[str, Any]]:
         """Of each system, ours first: `state` ("measured", "absent" or "failed"), `why`, and where it ran `versions`,
         `weights`, `reason` and `tokens`: how its greedy tokens compare with ours."""
-        return dict(self.recorded.extra.get("systems") or {})
+        there = {name: {"state": "measured", "why": "", "reason": "the run did not end"}
+                 for name in self.rows["arm"].unique()}
+        return dict(self.recorded.extra.get("systems") or there)
 
     @property
     def floors(self) -> pd.DataFrame | None:
@@ -53,7 +55,7 @@ class PeersResult(experiment.Shown):
         first arm a system takes, in the same rounds."""
         base = next(iter(cells(self.config)))
         there = set(self.rows["arm"])
-        table = stats.summary(self.rows, arms=[name for name in self.systems or there if name in there], base=base)
+        table = stats.summary(self.rows, arms=[name for name in self.systems if name in there], base=base)
         for name, of in (("slower", "ratio_to_eager"), ("slower_low", "ratio_high"), ("slower_high", "ratio_low")):
             table[name] = table[of].map(lambda value: None if value is None else 1 / value).astype(object)
         return table.drop(columns=["ratio_to_eager", "ratio_low", "ratio_high"])
@@ -131,7 +133,8 @@ class Comparison:
         self.scratch, self.report = scratch, report
         self.own = cells(config)
         self.numbers = {name: number for number, name in enumerate([*self.own, *config.systems])}
-        self.systems: dict[str, dict[str, Any]] = {}
+        self.systems: dict[str, dict[str, Any]] = {  # in the order of tables, ours first
+            name: {"state": "failed", "why": "was not started"} for name in self.numbers}
         self.extra: dict[str, Any] = {"systems": self.systems}
         self.running: dict[str, Conversation] = {}
         self._stack = ExitStack()
@@ -143,19 +146,25 @@ class Comparison:
         self._stack.close()
 
     def start(self) -> None:
-        """Start all systems, one after the other, and compare their greedy tokens with those of ours."""
-        for name in self.numbers:
-            self.report(f"starting {name}", self.numbers[name], len(self.numbers))
+        """Start all systems that are installed and compare their greedy tokens with those of ours. Their processes
+        import libraries side by side, then load and warm up one after the other."""
+        for name, number in self.numbers.items():
             if name not in self.own and version(ENGINES[name].distribution) is None:
                 self.systems[name] = {"state": "absent", "why": f"not installed: {ENGINES[name].install}"}
-                continue
-            try:
-                self._start(name)
-            except MeasureError as error:
-                self._leave_out(name, f"did not start: {error}")
-        self._require_some()
+            else:
+                self.running[name] = self._stack.enter_context(Conversation(COMMAND, self.scratch / f"{number}.said"))
+        self._each(lambda name: self.running[name].ask({}, self.config.start_s), "did not start")
+        self._each(self._start, "did not start")
+        self._each(self._compare, "died when its tokens were compared")
+
+    def _each(self, step: Callable[[str], Any], failed: str) -> None:
+        """One step with every system that runs; one that dies of it is left out."""
         for name in list(self.running):
-            self._compare(name)
+            self.report(f"starting {name}", self.numbers[name], len(self.numbers))
+            try:
+                step(name)
+            except MeasureError as error:
+                self._leave_out(name, f"{failed}: {error}")
         self._require_some()
 
     def rounds(self) -> Iterator[list[Row]]:
@@ -182,7 +191,6 @@ class Comparison:
         folder = self.scratch / f"{self.numbers[name]}"
         folder.mkdir()
         cell = self.own.get(name)
-        self.running[name] = self._stack.enter_context(Conversation(COMMAND, self.scratch / f"{folder.name}.said"))
         notes = self.running[name].ask({
             "system": name, "config": as_dict(self.config), "prompts": [*self.prompts.values()],
             "max_len": self.max_len, "folder": str(folder),
@@ -199,12 +207,8 @@ class Comparison:
             notes["tokens"] = peerwords.OURS if name == base else "not compared: " + (
                 "no arm of ours started" if notes["comparable"] else f"its weights are {notes['weights']}")
             return
-        try:
-            apart = [self._judged(base, name, self.prompts[length])
-                     for length in sorted({min(self.prompts), max(self.prompts)})]
-        except MeasureError as error:
-            self._leave_out(name, f"died when its tokens were compared: {error}")
-            return
+        apart = [self._judged(base, name, self.prompts[length])
+                 for length in sorted({min(self.prompts), max(self.prompts)})]
         notes["tokens"] = "; ".join(filter(None, apart)) or peerwords.EQUAL
         if any(apart) and self.systems[base]["dtype"] == "float32":
             self._leave_out(name, f"its tokens are not ours, so that times compare nothing: {notes['tokens']}")
@@ -233,7 +237,7 @@ class Comparison:
         return [common | row for row in found]
 
     def _leave_out(self, name: str, why: str) -> None:
-        self.systems[name] = self.systems.get(name, {}) | {"state": "failed", "why": why}
+        self.systems[name] |= {"state": "failed", "why": why}
         self.running.pop(name).close()
 
     def _require_some(self) -> None:

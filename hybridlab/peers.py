@@ -178,8 +178,10 @@ def adapter(system: str) -> type[Peer]:
 def main(adapter: Callable[[str], type[Peer]] = adapter) -> None:
     """Answer until nobody asks any more."""
     questions, answer = conversation.answering()
-    first = next(questions, None)
-    if first is None:
+    if next(questions, None) is None:
+        return
+    answer({})  # what is imported above is there
+    if (first := next(questions, None)) is None:
         return
     config = build(PeersConfig, first["config"])
     asked = Asked(config, first["cell"], first["prompts"], first["max_len"], Path(first["folder"]), first["limits"])
