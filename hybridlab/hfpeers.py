@@ -58,6 +58,7 @@ class Compile(Peer):
     def __init__(self, asked: Asked) -> None:
         self.model = models.load(asked.config.model, device=asked.config.device, dtype=asked.config.dtype)
         self.cache = StaticCache(config=self.model.config, max_cache_len=asked.max_len)
+        self._skipped = _count("inductor", "cudagraph_skips")
         self.decode = torch.compile(self._decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def run(self, ids: list[int], count: int, give: Give) -> None:
@@ -92,7 +93,7 @@ class Compile(Peer):
 
     def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         super().warm_up(prompts, new_tokens)
-        skips, cpu = _count("inductor", "cudagraph_skips"), self.model.device.type == "cpu"
+        skips, cpu = _count("inductor", "cudagraph_skips") - self._skipped, self.model.device.type == "cpu"
         self.path = "jit" if skips or cpu else "graph"
         why = "a CPU has none" if cpu else f"Inductor left out {skips}"
         self.reason = f"compiled, no CUDA graphs: {why}" if skips or cpu else "compiled, replayed as CUDA graphs"
