@@ -160,6 +160,9 @@ class Serving:
             found = nearties.first_difference(self.peer.model, ids, one, other)
         except torch.OutOfMemoryError:
             return {"near_tie": False, "words": "could not be judged: no memory for the model in float64"}
+        finally:
+            if self.peer.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # the copy was several times the model, and others need the memory
         assert found is not None
         return {"near_tie": found.near_tie,
                 "words": f"new token {found.index} is {found.ids[1]} and not {found.ids[0]}, by a margin of "
