@@ -128,7 +128,8 @@ def synthetic(root, **systems):
     run = records.Run.create(config, root)
     run.append([{
         "round": number, "request": 2 * number + place, "arm": arm, "policy": "", "prompt_tokens": 10, "bucket": None,
-        "index": index, "position": 10 + index, "metric": "itl" if index else "ttft", "ms": ms * (1 + number / 100) * (1.5 if place and number % 2 else 1),
+        "index": index, "position": 10 + index, "metric": "itl" if index else "ttft",
+        "ms": ms * (1 + number / 100) * (1.5 if place and number % 2 else 1),
         "path": "eager", "reason": "", "captures": 0, "compiles": 0, "process": place, "device_ms": None,
         "ended_ns": number, "happened": "", "happened_ms": 0.0, "profiled": False}
         for number in range(8) for index in range(2) for place, (arm, ms) in enumerate(
