@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hybridlab.config import (
     COMPILING,
@@ -20,6 +20,9 @@ from hybridlab.config import (
 )
 from hybridlab.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hybridlab.engines import PeersConfig
+
 
 class Cell(NamedTuple):
     """What one column of a run's tables was measured with."""
@@ -30,7 +33,7 @@ class Cell(NamedTuple):
     steps: int
 
 
-def cells(config: RunConfig | TraceConfig) -> dict[str, Cell]:
+def cells(config: RunConfig | TraceConfig | PeersConfig) -> dict[str, Cell]:
     """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, one that compiles
     with each choice of kernels, and one that replays whole steps with each number of them.
 
@@ -39,7 +42,7 @@ def cells(config: RunConfig | TraceConfig) -> dict[str, Cell]:
     """
     policies = [policy(p) for p in (config.policy if isinstance(config.policy, tuple) else (config.policy,))]
     choices = config.kernels if isinstance(config.kernels, tuple) else (config.kernels,)
-    steps = getattr(config, "steps", 1)  # a trace has one
+    steps = getattr(config, "steps", 1)  # a trace and peers have one
     counts = steps if isinstance(steps, tuple) else (steps,)
     found: dict[str, Cell] = {}
     for arm in config.arms:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlab import cachebench, kernelbench, listing, profiling, sweeping, systembench, terminal
+from hybridlab import cachebench, kernelbench, listing, peerbench, profiling, sweeping, systembench, terminal
 from hybridlab.config import ARMS, POLICIES, RuntimeConfig, Sampling, build
 from hybridlab.errors import ConfigError, choose
 from hybridlab.plan import KINDS
@@ -185,7 +185,7 @@ def tune(
 
 
 for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", profiling), ("system", systembench),
-                       ("sweep", sweeping), ("runs", listing)):
+                       ("peers", peerbench), ("sweep", sweeping), ("runs", listing)):
     app.command(_name, epilog=_module.EXAMPLES)(_module.command)
 
 
@@ -228,7 +228,7 @@ def check(
     """Verify every committed run against its manifest, and every README table against the rows it names.
 
     A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
-    of ablation also ttft, itl, cache, kernels and steps. Exit code 1, with a diff, when anything differs.
+    of ablation also ttft, itl, cache, kernels, steps and peers. Exit code 1, with a diff, when anything differs.
     """
     with errors(debug):
         from hybridlab import committed, paths

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hybridlab import jobs, ledger, store
+from hybridlab import finished, jobs, store
 from hybridlab.errors import RunError, SweepError
 from hybridlab.manifests import MANIFEST, load, verify
 from hybridlab.records import atomic_write
@@ -76,7 +76,7 @@ def executor(address: str, sweep: Sweep, todo: list[Job], root: Path) -> Iterato
 
 
 def _each(ray: Any, sweep: Sweep, wanted: dict[Job, dict[str, float]], root: Path,
-          tick: Callable[[], object]) -> Generator[tuple[Job, ledger.Entry], None, None]:
+          tick: Callable[[], object]) -> Generator[tuple[Job, finished.Entry], None, None]:
     text, task = sweep.notebook.read_text(encoding="utf-8"), ray.remote(perform)
     pending = {task.options(max_retries=0, **own).remote(text, jobs.request(sweep, job)): job
                for job, own in wanted.items()}
@@ -88,7 +88,7 @@ def _each(ray: Any, sweep: Sweep, wanted: dict[Job, dict[str, float]], root: Pat
                 try:
                     entry = keep(ray.get(answer), root)
                 except (ray.exceptions.RayError, RunError, OSError) as error:  # a node that is lost, above all
-                    entry = ledger.Entry(root, "failed", f"{type(error).__name__}: {_last(error)}", None)
+                    entry = finished.Entry(root, "failed", f"{type(error).__name__}: {_last(error)}", None)
                 yield job, entry
     finally:
         for answer in pending:
@@ -132,17 +132,17 @@ def perform(notebook: str, request: dict[str, Any]) -> dict[str, Any]:
         path = Path(folder) / Path(request["notebook"]).name
         path.write_text(notebook, encoding="utf-8")
         entry = jobs.run({**request, "notebook": str(path)}, Path(folder) / "runs")
-        place = entry.path if (entry.path / ledger.JOB).exists() else None
+        place = entry.path if (entry.path / finished.JOB).exists() else None
         files = {} if place is None else {file.relative_to(place).as_posix(): file.read_bytes()
                                           for file in sorted(place.rglob("*")) if file.is_file()}
         return {"machine": place and place.parent.name, "run": place and place.name, "files": files,
                 "reason": entry.reason}
 
 
-def keep(found: dict[str, Any], root: Path) -> ledger.Entry:
+def keep(found: dict[str, Any], root: Path) -> finished.Entry:
     """A run that came back, whole and as its manifest says, in the store, or a `RunError`."""
     if not found["files"]:
-        return ledger.Entry(root, "failed", found["reason"], None)
+        return finished.Entry(root, "failed", found["reason"], None)
     parts = (part for file in found["files"] for part in PurePosixPath(file).parts)
     for name in (found["machine"], found["run"], *parts):
         if not NAME.fullmatch(name.lstrip(".")) or ".." in name:
@@ -159,7 +159,7 @@ def keep(found: dict[str, Any], root: Path) -> ledger.Entry:
         if (whole / MANIFEST).exists():
             verify(whole, load(whole / MANIFEST))
         os.replace(whole, place)
-    return ledger.state(place)
+    return finished.state(place)
 
 
 def _last(error: Exception) -> str:

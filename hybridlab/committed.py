@@ -16,6 +16,7 @@ from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
 from hybridlab.kernellab import KernelResult
 from hybridlab.manifests import CONFIG, MANIFEST
+from hybridlab.peerlab import PeersResult
 from hybridlab.records import atomic_write, keep, read
 from hybridlab.systemlab import SystemResult
 from hybridlab.tracelab import TraceResult
@@ -73,23 +74,26 @@ def publish(path: Path, root: Path) -> Path:
 def redraw(root: Path) -> list[Path]:
     """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
     `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them,
-    `trace_<figure>` from its latest trace, and `cache_<trace>_<figure>` from its latest run of each request trace.
+    `peers_<figure>` from the latest with other engines, `trace_<figure>` from its latest trace, and
+    `cache_<trace>_<figure>` from its latest run of each request trace.
     """
     written: list[Path] = []
-    ablations: dict[tuple[str, str], Result] = {}
+    ablations: dict[tuple[str, str], Result | PeersResult] = {}
     kernels: dict[str, KernelResult] = {}
     for path in committed_runs(root / "data" / "runs"):
         if records.kind(path) == Result.kind:
             result = Result.open(path)
             ablations[path.parent.name, "fused_" if isinstance(result.config.kernels, tuple) else ""] = result
+        elif records.kind(path) == PeersResult.kind:
+            ablations[path.parent.name, "peers_"] = PeersResult.open(path)
         elif records.kind(path) == CacheResult.kind:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
         elif records.kind(path) == KernelResult.kind:
             kernels[path.parent.name] = KernelResult.open(path)
         elif records.kind(path) == TraceResult.kind:
             written += _draw_trace(TraceResult.open(path), root / "figures" / path.parent.name)
-    for (machine, prefix), result in ablations.items():
-        written += report.draw(result, root / "figures" / machine, STILL, prefix)
+    for (machine, prefix), compared in ablations.items():
+        written += report.draw(compared, root / "figures" / machine, STILL, prefix)
     for machine, timed in kernels.items():
         written += _draw_kernels(timed, root / "figures" / machine)
     return written
@@ -153,7 +157,7 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
     tables = (*report.GRIDS, *soundness.GRIDS, CacheResult.kind, *kernelbench.TITLES, TraceResult.kind,
-              SystemResult.kind)
+              SystemResult.kind, PeersResult.kind)
     if kind not in tables:
         raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
@@ -168,10 +172,12 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         return tracetables.grid(traced.tokens(), traced.caption).markdown()
     if kind == SystemResult.kind:
         return SystemResult.open(known[run]).grid().markdown()
-    result = Result.open(known[run])
+    if kind == PeersResult.kind:
+        return PeersResult.open(known[run]).grid().markdown()
     if kind in soundness.GRIDS:
+        result = (PeersResult if records.kind(known[run]) == PeersResult.kind else Result).open(known[run])
         return soundness.GRIDS[kind](result.rows, result.caption).markdown()
-    return report.GRIDS[kind](result).markdown()
+    return report.GRIDS[kind](Result.open(known[run])).markdown()
 
 
 def _diff(old: str, new: str) -> str:

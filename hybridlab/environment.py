@@ -10,16 +10,16 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hybridlab import gpus
+from hybridlab.engines import ENGINES, version
 
 NEEDED = ("torch", "transformers", "plotly", "pyarrow", "msgspec", "nvtx")
 LAB = ("jupyterlab", "ipywidgets", "anywidget")
 LIBRARIES = (*NEEDED, *LAB, "triton", "numpy", "scipy", "pandas", "matplotlib", "papermill", "cuda-bindings",
-             "nvidia-ml-py")
+             "nvidia-ml-py", "vllm", "tensorrt-llm")
 TRITON, BINDINGS = (3, 6), (13,)   # the least versions that work, of triton and of cuda-bindings
 LOOPS, EARLY, BFLOAT = (12, 4), [9, 0], [8, 0]  # CUDA of a driver whose graphs loop; least compute capabilities
 CPU, NODES, CGROUP = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node"), Path("/sys/fs/cgroup")
@@ -38,7 +38,7 @@ def report(names: Iterable[str] | None = None) -> dict[str, Any]:
         except Exception as error:  # the report must print on any machine, whatever a driver or a library does
             found[name] = None
             failed[name] = f"{type(error).__name__}: {error}"[:200]
-    found["versions"] = {name: _version(name) for name in LIBRARIES}
+    found["versions"] = {name: version(name) for name in LIBRARIES}
     found["machine"] = slug(found["gpu"], found["cpu"])
     return found | {"failed": failed}
 
@@ -115,6 +115,9 @@ def _tools(found: dict[str, Any], versions: dict[str, str | None]) -> Iterator[s
     if absent := [name for name in LAB if not versions.get(name)]:
         yield (f"Notebooks: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: "
                "pip install 'hybridlab[lab]'.")
+    for name, engine in ENGINES.items():
+        if engine.distribution not in NEEDED and not versions.get(engine.distribution):
+            yield f"Peers: {name} is not installed, so a comparison leaves it empty: {engine.install}."
 
 
 def _steadiness(found: dict[str, Any]) -> Iterator[str]:
@@ -148,13 +151,6 @@ def _dotted(numbers: Sequence[int]) -> str:
 def _slug(name: str) -> str:
     words = re.findall(r"[a-z0-9]+", NOISE.sub(" ", name.lower()))
     return "-".join(words)[:40].strip("-")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except Exception:  # also damaged metadata of an installed package
-        return None
 
 
 def _cpu() -> str | None:
@@ -294,7 +290,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "nsys": lambda: shutil.which("nsys") is not None,
     "nsys_version": _nsys,
     "nvtx_listens": _listens,
-    "hybridlab": lambda: _version("hybridlab"),
+    "hybridlab": lambda: version("hybridlab"),
     "commit": lambda: _git("rev-parse", "HEAD"),
     "dirty": _dirty,
 }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridlab import ledger, notebooks, paths, restarts, store
+from hybridlab import finished, notebooks, paths, restarts, store
 from hybridlab.errors import HybridlabError, SweepError
 from hybridlab.parameters import read_notebook
 from hybridlab.records import RUN_VARIABLE, atomic_write
@@ -48,7 +48,7 @@ def perform(notebook: str, parameters: dict[str, Any], note: dict[str, Any], tim
                          "start the sweep again")
 
     def started(path: Path) -> None:
-        atomic_write(path / ledger.JOB, json.dumps(note, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(path / finished.JOB, json.dumps(note, indent=1, ensure_ascii=False) + "\n")
         print(path, flush=True)  # noqa: T201 - this is how the parent learns it
 
     notebooks.run(notebook, parameters, root=root, timeout_s=timeout_s, progress=False, started=started,
@@ -56,7 +56,7 @@ def perform(notebook: str, parameters: dict[str, Any], note: dict[str, Any], tim
 
 
 def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
-        tick: Callable[[], object] = lambda: None) -> ledger.Entry:
+        tick: Callable[[], object] = lambda: None) -> finished.Entry:
     """One job from the start of its process to the end, judged by the manifest that it left. `tick` is called twice a
     second meanwhile. On Ctrl-C the job may mark its run failed before it ends."""
     environment = {name: value for name, value in paths.importing().items() if name != RUN_VARIABLE}
@@ -79,9 +79,9 @@ def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
         said.seek(0)
         place, words = told.read().strip(), [line.strip() for line in said if line.strip()]
     if place:
-        return ledger.state(Path(place))._replace(seconds=time.monotonic() - began)
+        return finished.state(Path(place))._replace(seconds=time.monotonic() - began)
     reason = f"exit code {process.returncode} before a run was recorded: {' | '.join(words[-restarts.LAST:])}"
-    return ledger.Entry(root, "failed", reason, time.monotonic() - began)
+    return finished.Entry(root, "failed", reason, time.monotonic() - began)
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Executor:
 
     facts: dict[str, dict[str, str | None]]
     slots: int
-    run: Callable[[Callable[[], object]], Generator[tuple[Job, ledger.Entry], None, None]]
+    run: Callable[[Callable[[], object]], Generator[tuple[Job, finished.Entry], None, None]]
 
 
 def here(sweep: Sweep, todo: list[Job], root: Path, lock: int) -> Executor:
     """One job at a time on this machine, in the order given."""
     devices = sorted({job.cell.config.device for job in todo})
 
-    def each(tick: Callable[[], object]) -> Generator[tuple[Job, ledger.Entry], None, None]:
+    def each(tick: Callable[[], object]) -> Generator[tuple[Job, finished.Entry], None, None]:
         for job in todo:
             yield job, run(request(sweep, job), root, (lock,), tick)
 

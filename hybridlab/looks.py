@@ -1,4 +1,4 @@
-"""How an arm, and a policy of it, look in every figure: colour, symbol, line, and one entry in the legend."""
+"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, and one entry in the legend."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73"}  # Okabe-Ito and a grey
-SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up"}  # also without colour
+COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73",  # Okabe-Ito and a grey
+           "hf-generate": "#8A8A8A", "hf-compile": "#CC79A7", "hf-compile-prefill": "#882255", "vllm": "#D55E00",
+           "tensorrt-llm": "#56B4E9"}
+SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up",  # also without colour
+           "hf-generate": "triangle-down", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
+           "tensorrt-llm": "hexagon"}
 DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot", "steps": "longdash"}  # by last word
 
 

@@ -65,8 +65,8 @@ def warm_up(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], c
     with frozen_heap(), tails.Watch() as watch:
         for number in range(config.warmup):
             itl = number == 0 and config.itl_repeats > 0
-            for arm, length, protocol in _order(runtimes, prompts, config, round_=number, itl=itl):
-                _serve(runtimes[arm], prompts[length], protocol, config, watch)
+            for arm, length, protocol in shuffled(runtimes, prompts, config, round_=number, itl=itl):
+                serve(runtimes[arm], prompts[length], protocol, config, watch)
             step(number + 1)
 
 
@@ -137,10 +137,10 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
             if number and clock() - started >= config.budget_s:
                 return
             rows: list[Row] = []
-            order = _order(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats,
-                           process=process)
+            order = shuffled(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats,
+                             process=process)
             for arm, length, protocol in order:
-                served = _serve(runtimes[arm], prompts[length], protocol, config, watch)
+                served = serve(runtimes[arm], prompts[length], protocol, config, watch)
                 common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm].policy),
                           "prompt_tokens": length, "process": process, "profiled": profiled}
                 rows += [common | row for row in served]
@@ -163,15 +163,17 @@ def explained(rows: list[Row], watch: tails.Watch, telemetry: Telemetry | None =
         rows, found["happened"].tolist(), found["happened_ms"].tolist(), strict=True)]
 
 
-def _order(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig, *, round_: int,
-           itl: bool, process: int = 0) -> list[tuple[str, int, Protocol]]:
+def shuffled(runtimes: Mapping[str, Any], prompts: Mapping[int, list[int]], config: Any, *, round_: int,
+             itl: bool, process: int = 0) -> list[tuple[str, int, Protocol]]:
+    """One round as (arm, prompt length, protocol): every TTFT request, with `itl` the ITL requests too."""
     protocols: tuple[Protocol, ...] = (TTFT, ITL) if itl else (TTFT,)
     requests = [(arm, length, protocol) for protocol in protocols for length in prompts for arm in runtimes]
-    shuffled = np.random.default_rng([config.seed, round_, process]).permutation(len(requests))
-    return [requests[i] for i in shuffled]
+    places = np.random.default_rng([config.seed, round_, process]).permutation(len(requests))
+    return [requests[i] for i in places]
 
 
-def _serve(runtime: Runtime, ids: list[int], protocol: Protocol, config: RunConfig, watch: tails.Watch) -> list[Row]:
+def serve(runtime: Any, ids: list[int], protocol: Protocol, config: RunConfig, watch: tails.Watch) -> list[Row]:
+    """The rows of one timed request; `runtime`: a `Runtime`, or what answers and counts as one does."""
     count, ended = protocol.tokens(config), list[int]()
     before = runtime.counters.as_dict()
     with quiet_collector():

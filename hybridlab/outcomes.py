@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import ledger, records, stats, store
-from hybridlab.ledger import Entry
+from hybridlab import finished, records, stats, store
+from hybridlab.finished import Entry
 from hybridlab.report import NONE, Grid, interval
 from hybridlab.sweeps import Cell, Job, Sweep
 
@@ -32,13 +32,13 @@ def left(todo: Iterable[Job], times: Mapping[str, float]) -> float | None:
 
 def plan(sweep: Sweep, found: Mapping[str, list[Entry]]) -> tuple[Grid, str]:
     """Every job in its order with its state, and in words how many are to run and how long that should take."""
-    every, times, rows = sweep.jobs(), ledger.expected(found), []
+    every, times, rows = sweep.jobs(), finished.expected(found), []
     for number, job in enumerate(every, 1):
-        done, tried, time = ledger.done(found, job), found.get(job.id, []), times.get(job.cell.id)
+        done, tried, time = finished.done(found, job), found.get(job.id, []), times.get(job.cell.id)
         state = f"complete: {done.path.name}" if done else (
             f"again: {tried[-1].path.name} is {tried[-1].status}" if tried else "to run")
         rows.append([job.cell.label, str(job.repeat), str(number), state, NONE if time is None else duration(time)])
-    todo = [job for job in every if ledger.done(found, job) is None]
+    todo = [job for job in every if finished.done(found, job) is None]
     time = left(todo, times)
     words = f"{len(every)} jobs, {len(every) - len(todo)} complete, {len(todo)} to run"
     words += (", nothing is left to do" if not todo else f", about {duration(time)}" if time is not None else
@@ -53,9 +53,9 @@ def summary(sweep: Sweep, found: Mapping[str, list[Entry]], across: Sequence[str
     Raises: RunError where the runs differ in machine or versions and `across` does not name it.
     """
     complete = {cell.id: [entry for repeat in range(1, sweep.repeats + 1)
-                          if (entry := ledger.done(found, Job(cell, repeat)))] for cell in sweep.cells}
+                          if (entry := finished.done(found, Job(cell, repeat)))] for cell in sweep.cells}
     counted = [entry.path for own in complete.values() for entry in own]
-    store.require_same({path.name: ledger.facts(path) for path in counted}, across)
+    store.require_same({path.name: finished.facts(path) for path in counted}, across)
     lines = [line for cell in sweep.cells for line in _lines(cell, complete[cell.id], sweep.repeats)]
     metrics = list(dict.fromkeys(metric for _, _, numbers, _ in lines for metric in numbers))
     rows = [[label, what, *(numbers.get(metric, NONE) for metric in metrics), ids]

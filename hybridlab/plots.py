@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from hybridlab import limits, looks, static, stats
 from hybridlab.config import ARMS, POLICIES
+from hybridlab.engines import ENGINES
 from hybridlab.errors import ConfigError, StatisticsError, choose
 from hybridlab.records import atomic_write
 
@@ -170,16 +171,17 @@ def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _arms(rows: pd.DataFrame) -> list[str]:
     """The names in the rows, in the order of the ablation: an arm, its policy, kernels and steps a launch
-    ("hybrid full fused 8 steps")."""
+    ("hybrid full fused 8 steps"); then those of other engines."""
+    known = (*ARMS, *ENGINES)
     there = [str(name) for name in rows["arm"].unique()]
     for name in there:
-        choose("arm", name.partition(" ")[0], ARMS)
+        choose("arm", name.partition(" ")[0], known)
     plain = [*ARMS, *(f"{arm} {policy}" for arm in ARMS for policy in POLICIES)]
     order = [each for name in plain for each in (name, f"{name} fused")]
 
     def place(name: str) -> tuple[int, int, int]:
         base, count = re.fullmatch(r"(.*?)(?: (\d+) steps)?", name).groups()  # type: ignore[union-attr]
-        return ARMS.index(name.partition(" ")[0]), order.index(base) if base in order else len(order), int(count or 1)
+        return known.index(name.partition(" ")[0]), order.index(base) if base in order else len(order), int(count or 1)
 
     return sorted(sorted(there), key=place)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hybridlab.experiment import Result
+    from hybridlab.peerlab import PeersResult
 
 NONE = "–"
 WHOLE = 24  # letters in the first column of a table; longer names are broken after commas
@@ -114,7 +115,8 @@ FIGURES: dict[str, tuple[str, Callable[..., Any]]] = {  # name: (the metric that
 }
 
 
-def draw(result: Result, folder: Path, formats: Sequence[str] = plots.FORMATS, prefix: str = "") -> Iterator[Path]:
+def draw(result: Result | PeersResult, folder: Path, formats: Sequence[str] = plots.FORMATS,
+         prefix: str = "") -> Iterator[Path]:
     """Write every figure that the run has rows for into `folder`, `prefix` before its name; yields each file as it is
     there."""
     there = set(result.rows["metric"])

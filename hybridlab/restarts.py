@@ -96,10 +96,16 @@ def _one(part: RunConfig, process: int, root: Path, progress: Callable[[int], No
             started.stdin.flush()
             while going(started):
                 progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
-        said.seek(0)
-        lines = [line.strip() for line in said if line.strip()]
+        words = last_words(started, said)
     (root / "said").unlink()
-    return f"exit code {started.returncode}: " + " | ".join(lines[-LAST:])
+    return words
+
+
+def last_words(ended: subprocess.Popen[bytes], said: TextIO) -> str:
+    """Its exit code and the last lines that it said."""
+    said.seek(0)
+    lines = [line.strip() for line in said if line.strip()]
+    return f"exit code {ended.returncode}: " + " | ".join(lines[-LAST:])
 
 
 def going(child: subprocess.Popen[bytes]) -> bool:
@@ -114,7 +120,8 @@ def going(child: subprocess.Popen[bytes]) -> bool:
 @contextmanager
 def child(command: list[str], said: TextIO, environment: dict[str, str],
           stdout: int = subprocess.DEVNULL, held: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, none of which is left behind. It inherits the open files `held`."""
+    """A process in a group of its own, none of which is left behind; `stdout`: where its standard output goes. It
+    inherits the open files `held`."""
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=said, env=environment,
                                start_new_session=True, pass_fds=held)
     try:
@@ -123,5 +130,7 @@ def child(command: list[str], said: TextIO, environment: dict[str, str],
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
             started.wait()
-        for pipe in filter(None, (started.stdin, started.stdout)):
-            pipe.close()
+        for pipe in (started.stdin, started.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # what was not read any more
+                    pipe.close()

@@ -14,7 +14,8 @@ def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
     return pa.schema([pa.field(name, types[kind], nullable=name in optional) for name, kind in pairs])
 
 
-# One row a timed token. bucket is null where none was used. The rest are null in runs recorded before there were any:
+# One row a timed token, of an ablation, or of peers, whose arm names the system. bucket is null where none was used.
+# The rest are null in runs recorded before there were any:
 #   process    of the processes that share the rounds, the number of the one that made this row.
 #   device_ms  the same interval by the device's clock; null on a CPU and with several steps a launch.
 #   client_ms  the same interval by the clock of a client that a worker serves; null without a worker.

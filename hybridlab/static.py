@@ -28,7 +28,7 @@ POINT = 72 / DPI
 SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "font.family": "DejaVu Sans", "path.simplify": False}
 DASHES: dict[Any, Any] = {None: "-", "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
 SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v",
-           "x": "X", "cross": "P", "line-ew-open": "_"}
+           "x": "X", "cross": "P", "star": "*", "hexagon": "h", "line-ew-open": "_"}
 PANELS = ("", "2", "3", "4")  # pairs of axes that a figure may have
 HATCHES = {"": "", "/": "////", "x": "xxxx", ".": "..."}
 HORIZONTAL = {None: "center", "auto": "center", "left": "left", "center": "center", "right": "right"}

@@ -20,8 +20,8 @@ from hybridlab.errors import RunError, SweepError
 from hybridlab.terminal import err, option
 
 if TYPE_CHECKING:
+    from hybridlab.finished import Entry
     from hybridlab.jobs import Executor
-    from hybridlab.ledger import Entry
     from hybridlab.sweeps import Job, Sweep
 
 EXAMPLES = terminal.examples(
@@ -74,7 +74,7 @@ def command(
 def run(file: Path, root: Path, dry_run: bool = False, address: str | None = None, across: Sequence[str] = (),
         stop_on_failure: bool = False) -> bool:
     """The command without its errors. Returns whether every job is complete, and after a dry run True."""
-    from hybridlab import jobs, ledger, outcomes, sweeps
+    from hybridlab import finished, jobs, outcomes, sweeps
     from hybridlab.records import RUN_VARIABLE
 
     sweep = sweeps.read(file)
@@ -82,19 +82,19 @@ def run(file: Path, root: Path, dry_run: bool = False, address: str | None = Non
         raise SweepError("a sweep cannot start inside a run", f"{RUN_VARIABLE} is set", f"unset {RUN_VARIABLE}")
     every = sweep.jobs()
     if dry_run:
-        grid, words = outcomes.plan(sweep, ledger.read(root, every))
+        grid, words = outcomes.plan(sweep, finished.read(root, every))
         terminal.results([grid.rich()], words)
         return True
     with jobs.alone(root) as lock:
-        found = ledger.read(root, every)
-        todo = [job for job in every if ledger.done(found, job) is None]
+        found = finished.read(root, every)
+        todo = [job for job in every if finished.done(found, job) is None]
         if todo:
             with _executor(sweep, todo, root, lock, address) as executor:
                 _agree(executor.facts, found, every, across)
                 _work(executor, todo, found, stop_on_failure)
-        found = ledger.read(root, every)
+        found = finished.read(root, every)
     terminal.results([outcomes.summary(sweep, found, across).rich()], outcomes.plan(sweep, found)[1])
-    return all(ledger.done(found, job) for job in every)
+    return all(finished.done(found, job) for job in every)
 
 
 @contextlib.contextmanager
@@ -116,11 +116,11 @@ def _executor(sweep: Sweep, todo: list[Job], root: Path, lock: int, address: str
 def _agree(facts: Mapping[str, Mapping[str, str | None]], found: Mapping[str, list[Entry]], every: list[Job],
            across: Sequence[str]) -> None:
     """Refuse to measure the rest of a sweep on what differs from where its complete runs were made."""
-    from hybridlab import ledger, store
+    from hybridlab import finished, store
 
-    complete = [entry for job in every if (entry := ledger.done(found, job))]
+    complete = [entry for job in every if (entry := finished.done(found, job))]
     try:
-        store.require_same({**facts} | {entry.path.name: ledger.facts(entry.path) for entry in complete}, across)
+        store.require_same({**facts} | {entry.path.name: finished.facts(entry.path) for entry in complete}, across)
     except RunError as error:
         raise SweepError(error.fact, error.context, "name what may differ with --across, or measure into another store "
                          "with --runs DIRECTORY") from None
@@ -128,21 +128,21 @@ def _agree(facts: Mapping[str, Mapping[str, str | None]], found: Mapping[str, li
 
 def _work(executor: Executor, todo: list[Job], found: dict[str, list[Entry]], stop_on_failure: bool) -> None:
     """Run all jobs, a line on stderr as each ends, and total progress. `found` gets their runs."""
-    from hybridlab import ledger, outcomes
+    from hybridlab import finished, outcomes
 
     waiting = {job.id: job for job in todo}
     with progress.reporter(True) as report:
-        watch = _Watch(report, len(todo), waiting, ledger.expected(found), executor.slots)
+        watch = _Watch(report, len(todo), waiting, finished.expected(found), executor.slots)
         with contextlib.closing(executor.run(watch.tick)) as ended:
             for job, entry in ended:
                 del waiting[job.id]
                 found.setdefault(job.id, []).append(entry)
-                watch.next(ledger.expected(found))
-                words = "complete" if entry.status == ledger.COMPLETE else f"{entry.status}: {entry.reason}"
+                watch.next(finished.expected(found))
+                words = "complete" if entry.status == finished.COMPLETE else f"{entry.status}: {entry.reason}"
                 time = f" in {outcomes.duration(entry.seconds)}" if entry.seconds is not None else ""
                 line = f"[{len(todo) - len(waiting)}/{len(todo)}] {job.label}{time}: {words}{watch.left()}"
                 err.print(terminal.printable(line), markup=False, highlight=False, soft_wrap=True)
-                if stop_on_failure and entry.status != ledger.COMPLETE:
+                if stop_on_failure and entry.status != finished.COMPLETE:
                     return
 
 

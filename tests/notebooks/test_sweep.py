@@ -24,7 +24,7 @@ import nbformat
 import psutil
 import pytest
 
-from hybridlab import jobs, ledger, records, store, sweeps
+from hybridlab import finished, jobs, records, store, sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'model = "tiny"\nrepeats = 3\nlengths = [10]\ndevice = "auto"\n'
@@ -105,7 +105,7 @@ def complete(root: Path) -> Counter[str]:
     found = Counter[str]()
     for path in root.glob("*/*"):
         if records.read(path).status == "complete" if (path / "config.json").exists() else False:
-            found[json.loads((path / ledger.JOB).read_text())["job"]] += 1
+            found[json.loads((path / finished.JOB).read_text())["job"]] += 1
     return found
 
 

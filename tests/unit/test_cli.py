@@ -33,7 +33,7 @@ from hybridlab.errors import CaptureFailed, ConfigError, ModelError, NotebookFai
 from hybridlab.experiment import Result as Recorded
 from hybridlab.plan import Plan
 
-COMMANDS = ("env", "partition", "generate", "run", "sweep", "runs", "cache", "tune", "reproduce", "check")
+COMMANDS = ("env", "partition", "generate", "run", "sweep", "runs", "cache", "tune", "peers", "reproduce", "check")
 
 
 def invoke(*arguments: str) -> Result:

@@ -84,6 +84,7 @@ def test_nothing_is_missing_where_all_is_there():
     ({"device_runtime": False}, "Loops on the device", "CUDA_HOME"),
     (with_version("cuda-bindings", "12.9.4"), "Loops on the device", "cuda-bindings is 12.9.4"),
     (without("cuda-bindings"), "Loops on the device", "cuda-bindings is not installed"),
+    (without("vllm"), "Peers", "vllm is not installed"),
     (with_version("triton", "3.5.1"), "JIT kernels on the GPU", "triton is 3.5.1, too old"),
     (without("triton"), "JIT kernels on the GPU", "triton is not installed: install"),
     (without("anywidget"), "Notebooks", "anywidget is not installed"),

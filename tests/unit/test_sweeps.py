@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from hybridlab import cli, cluster, jobs, ledger, outcomes, records, store, sweeping, sweeps
+from hybridlab import cli, cluster, finished, jobs, outcomes, records, store, sweeping, sweeps
 from hybridlab.errors import HybridlabError, RunError, SweepError
 
 PARAMETERS = 'model = "tiny"\nrepeats = 3\nlengths = [10]\ndevice = "cpu"\n'
@@ -50,7 +50,7 @@ class Machine:
         self.breaks: dict[str, str] = {}
         self.report: dict[str, Any] = {**MACHINE, "versions": {"torch": "2.13"}, "machine": "test"}
 
-    def run(self, wanted: dict[str, Any], root: Path, held: Any = (), tick: Any = lambda: None) -> ledger.Entry:
+    def run(self, wanted: dict[str, Any], root: Path, held: Any = (), tick: Any = lambda: None) -> finished.Entry:
         name = wanted["note"]["job"]
         self.started.append(name)
         tick()
@@ -58,11 +58,11 @@ class Machine:
             raise KeyboardInterrupt
         target = records.Run.create(sweeps.settings(sweeps.read_notebook(Path(wanted["notebook"])), "small.ipynb",
                                                     wanted["parameters"]), root)
-        records.atomic_write(target.path / ledger.JOB, json.dumps(wanted["note"]))
+        records.atomic_write(target.path / finished.JOB, json.dumps(wanted["note"]))
         target.append([row(ms + 1) for ms in range(9)])
         if self.breaks.get(name) != "dies":
             target.finish("failed" if name in self.breaks else "complete", self.breaks.get(name, ""))
-        return ledger.state(target.path)
+        return finished.state(target.path)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def ids(root: Path) -> list[str]:
     """The jobs that have a complete run, one for each run."""
-    return sorted(json.loads((path.parent / ledger.JOB).read_text())["job"] for path in root.glob("*/*/manifest.json")
+    return sorted(json.loads((path.parent / finished.JOB).read_text())["job"] for path in root.glob("*/*/manifest.json")
                   if json.loads(path.read_text())["status"] == "complete")
 
 
@@ -221,7 +221,7 @@ def test_a_run_whose_files_changed_does_not_count(harm: str, file: Path, tmp_pat
     """A run that was edited, or given another job's name, is no measurement of this job."""
     sweeping.run(file, tmp_path / "runs")
     victim = next((tmp_path / "runs").glob(f"*/*/{harm}"))
-    lost = json.loads((victim.parent / ledger.JOB).read_text())["job"]
+    lost = json.loads((victim.parent / finished.JOB).read_text())["job"]
     victim.write_bytes(victim.read_bytes().replace(b'"repeat": ', b'"repeat":  ') + b" ")
     machine.started = []
     assert sweeping.run(file, tmp_path / "runs") is True
@@ -278,7 +278,7 @@ def test_the_table_has_every_cell_with_its_runs(file: Path, tmp_path: Path, mach
     sweep = sweeps.read(file)
     machine.breaks = {sweep.jobs()[0].id: "no room"}
     sweeping.run(file, tmp_path / "runs")
-    grid = outcomes.summary(sweep, ledger.read(tmp_path / "runs", sweep.jobs()), ())
+    grid = outcomes.summary(sweep, finished.read(tmp_path / "runs", sweep.jobs()), ())
     assert grid.header == ["cell", "", "TTFT, ms", "complete runs"]
     assert [line[0] for line in grid.rows] == ["repeats=1", "repeats=2", "repeats=3"]
     assert {line[2] for line in grid.rows} == {"5.00 [2.00, 8.00]"}
@@ -301,11 +301,11 @@ def test_how_long_it_takes_is_told_from_runs_of_the_same_cells(file: Path) -> No
     """An estimate from other cells alone can be off by the whole night."""
     every = sweeps.read(file).jobs()
     one, two, _ = sweeps.read(file).cells
-    entry = ledger.Entry(Path("x"), "complete", "", 10.0)
+    entry = finished.Entry(Path("x"), "complete", "", 10.0)
     found = {f"{one.id}-1": [entry, entry._replace(seconds=20.0), entry._replace(status="failed", seconds=900.0)],
              f"{two.id}-9": [entry._replace(seconds=30.0)]}
-    assert ledger.expected(found) == {one.id: 15.0, two.id: 30.0}
-    assert outcomes.left(every, ledger.expected(found)) == 2 * (15.0 + 30.0 + 22.5)
+    assert finished.expected(found) == {one.id: 15.0, two.id: 30.0}
+    assert outcomes.left(every, finished.expected(found)) == 2 * (15.0 + 30.0 + 22.5)
     assert outcomes.left(every, {}) is None
 
 
@@ -406,6 +406,6 @@ def test_what_an_old_store_cannot_say_is_no_job(tmp_path: Path) -> None:
     """A run of no sweep, or a job file that was cut, must not stop a sweep from reading its store."""
     (tmp_path / "m" / "r1").mkdir(parents=True)
     (tmp_path / "m" / "r2").mkdir()
-    (tmp_path / "m" / "r2" / ledger.JOB).write_text("{")
-    assert ledger.read(tmp_path, []) == {}
+    (tmp_path / "m" / "r2" / finished.JOB).write_text("{")
+    assert finished.read(tmp_path, []) == {}
     shutil.rmtree(tmp_path / "m")
