@@ -36,7 +36,8 @@ class Shown:
         found = records.read(path)
         if found.kind != cls.kind:
             known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult",
-                     "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult"}
+                     "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult",
+                     "paper": "paperlab.PaperResult"}
             raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}",
                            f"open it with hl.{known[found.kind]}")
         return cls(found)
@@ -181,7 +182,7 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
-            _require_agreement(runtimes, prompts, config)
+            require_agreement(runtimes, prompts, config)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
         telemetry = stack.enter_context(Telemetry(model.device.index or 0 if model.device.type == "cuda" else None))
@@ -215,7 +216,7 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _require_agreement(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig) -> None:
+def require_agreement(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig) -> None:
     """Refuse to time arms that differ in a greedy token. In half precision a near-tie may fall either way."""
     for length in {min(prompts), max(prompts)}:
         answers = {arm: runtime.generate(prompts[length], max_new_tokens=config.new_tokens, stop=[]).ids
