@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from hybridlab.errors import MeasureError
@@ -28,19 +28,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 Row = dict[str, Any]
 
 
-def run(system: str, *, model: str, device: str, dtype: str | None, lengths: Sequence[int], calls: int, max_len: int,
-        temperature: float, seed: int, threads: int) -> list[Row]:
+def run(system: str, **asked: Any) -> list[Row]:
     """Rows of one system in a fresh process: metric "first" (index 0 to 4) of each length in turn, then "repeated"
     (index 0 to `calls` - 1), each with prompt_tokens, ms, path, reason, bucket, captures and compiles.
 
     The clock is the runtime's: token ids on the host → first new id there. Outside of it, as published: starting the
     process, loading the model, and what a system captures ahead. Nothing is discarded, nothing interleaved, garbage is
-    collected when Python likes. Exact lengths have a graph each, as published. Raises: MeasureError.
+    collected when Python likes. `asked`: model, device, dtype, lengths, buckets (prompt lengths that have a graph),
+    calls, max_len, temperature, seed and threads. Raises: MeasureError.
     """
-    asked = json.dumps({
-        "model": model, "device": device, "dtype": dtype, "settings": SYSTEMS[system], "lengths": list(lengths),
-        "calls": calls, "max_len": max_len, "temperature": temperature, "seed": seed, "threads": threads})
-    child = subprocess.Popen([sys.executable, "-m", "hybridlab.firstcalls", asked], stdout=subprocess.PIPE,
+    text = json.dumps(asked | {"settings": SYSTEMS[system]})
+    child = subprocess.Popen([sys.executable, "-m", "hybridlab.firstcalls", text], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
     try:
         answer, said = child.communicate(timeout=TIMEOUT_S)
@@ -57,8 +55,8 @@ def run(system: str, *, model: str, device: str, dtype: str | None, lengths: Seq
     return found
 
 
-def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any], lengths: list[int], calls: int,
-           max_len: int, temperature: float, seed: int, threads: int) -> Iterator[Row]:
+def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any], lengths: list[int],
+           buckets: list[int], calls: int, max_len: int, temperature: float, seed: int, threads: int) -> Iterator[Row]:
     import torch
 
     from hybridlab import measure, models
@@ -67,8 +65,8 @@ def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any],
     torch.set_num_threads(threads)
     loaded = models.load(model, device=device, dtype=dtype)
     prompts = measure.prompts(loaded, lengths, seed)
-    exact = {} if settings["arm"] == "eager" else {"buckets": lengths}
-    with Runtime(loaded, **settings, **exact, max_len=max_len) as runtime:
+    graphs = {} if settings["arm"] == "eager" else {"buckets": buckets}
+    with Runtime(loaded, **settings, **graphs, max_len=max_len) as runtime:
         for metric, count in (("first", FIRST), ("repeated", calls)):
             for length in lengths:
                 for index in range(count):

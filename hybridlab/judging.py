@@ -152,7 +152,8 @@ def captured_inside(evidence: Evidence, *, arm: str, base: str, warm: str) -> Fi
     slower = sum(means[arm][n] > means[base][n] for n in lengths)
     still = sum(medians[warm][n] > medians[base][n] for n in lengths)
     half = len(lengths) / 2
-    return Finding(slower > half >= still, f"slower at {slower} of {len(lengths)} lengths, warm at {still}", "most, few")
+    return Finding(bool(slower > half >= still), f"slower at {slower} of {len(lengths)} lengths, warm at {still}",
+                   "most, few")
 
 
 def retained(evidence: Evidence, *, arm: str, model: str, longest: int, share: float, cell: Sequence[Any]) -> Finding:
@@ -184,7 +185,8 @@ def within(evidence: Evidence, *, part: str, arm: str, metric: str, least: Seque
     found, low, high = stats.quantile(_own(evidence, part, arm, metric)["value"], 0.5), *map(
         published.value, (least, most))
     return Finding(found.low <= high and found.high >= low,
-                   f"{found.value:.3g} ms [{found.low:.3g}, {found.high:.3g}], n = {found.n}", f"{low:g} to {high:g} ms")
+                   f"{found.value:.3g} ms [{found.low:.3g}, {found.high:.3g}], n = {found.n}",
+                   f"{low:g} to {high:g} ms")
 
 
 def unmeasured(evidence: Evidence, *, why: str) -> Finding:

@@ -9,7 +9,8 @@ from msgspec import Meta
 
 from hybridlab.config import PAPER_LENGTHS, Positive
 
-PaperPart = Literal["ttft", "cached", "recomputed", "capture", "overlap", "memory", "cost", "protocol"]
+PaperPart = Literal["ttft", "cached", "recomputed", "capture", "overlap", "memory", "cost", "protocol",
+                    "ipc"]
 PAPER_PARTS: tuple[PaperPart, ...] = get_args(PaperPart)
 
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hybridlab import cachelab, capturing, firstcalls
+from hybridlab import cachelab, capturing, echo, firstcalls
+from hybridlab.buckets import bucket_for, ladder
 from hybridlab.config import CacheConfig
 from hybridlab.memory import memory
 from hybridlab.paperconfig import PaperConfig
@@ -20,6 +21,7 @@ from hybridlab.runtime import Runtime
 
 POLICIES = ("never", "sync", "async")
 OVERLAP_ROUNDS, OVERLAP_CAPTURES = 3, 20
+IDS, ROUND_TRIPS = 500, 1000
 
 
 def capture(arms: Arms) -> Iterator[list[Row]]:
@@ -30,7 +32,7 @@ def capture(arms: Arms) -> Iterator[list[Row]]:
     a bucket. In float32 the tokens must be equal under all policies. First passes are always made, later ones while
     the budget lasts.
     """
-    config, exact = arms.config, arms.model.device.type == "cuda" or arms.config.buckets == "exact"
+    config, exact = arms.config, _exact(arms)
     cache = CacheConfig(
         model=config.model, trace="uniform", requests=config.trace_requests, new_tokens=2, repeats=config.passes,
         budget_s=config.budget_s, seed=config.seed, threads=config.threads,
@@ -76,19 +78,33 @@ def weights(arms: Arms) -> Iterator[list[Row]]:
 
 def protocol(arms: Arms) -> Iterator[list[Row]]:
     """The published protocol, a fresh process for each of its systems: `firstcalls.run` has the clock. All systems are
-    measured, whatever the budget: each is a round."""
+    measured, whatever the budget: each is a round. On a GPU every length has a graph of its own, as published; on a CPU
+    a bucket."""
     config = arms.config
+    rungs = ladder(None, arms.max_len)
+    buckets = arms.lengths if _exact(arms) else sorted({bucket_for(n, rungs) or n for n in arms.lengths})
     for done, system in enumerate(firstcalls.SYSTEMS):
         arms.report(f"first calls of {system}", done, len(firstcalls.SYSTEMS))
         found = firstcalls.run(
             system, model=config.model, device=str(arms.model.device), dtype=str(arms.model.dtype),
-            lengths=arms.lengths, calls=config.calls, max_len=arms.max_len, temperature=config.temperature,
-            seed=config.seed, threads=config.threads)
+            lengths=list(arms.lengths), buckets=list(buckets), calls=config.calls, max_len=arms.max_len,
+            temperature=config.temperature, seed=config.seed, threads=config.threads)
         yield [row("protocol", arm=system, request=number, tokens=one["prompt_tokens"], index=one["index"],
                    position=one["prompt_tokens"], metric=one["metric"], value=one["ms"], path=one["path"],
                    reason=one["reason"], captures=one["captures"], compiles=one["compiles"],
                    state=state(system.partition(",")[0], one["path"], one["bucket"], one["prompt_tokens"],
                                one["captures"])) for number, one in enumerate(found)]
+
+
+def ipc(arms: Arms) -> Iterator[list[Row]]:
+    """Round trips of 500 token ids to a second process over a Unix socket; `echo.run` has the clock."""
+    arms.report("round trips", 0, 1)
+    yield [row("ipc", arm="unix socket", request=number, tokens=IDS, metric="round trip", value=ms)
+           for number, ms in enumerate(echo.run(IDS, ROUND_TRIPS))]
+
+
+def _exact(arms: Arms) -> bool:
+    return arms.model.device.type == "cuda" or arms.config.buckets == "exact"
 
 
 def _cache(config: PaperConfig, **changes: Any) -> CacheConfig:

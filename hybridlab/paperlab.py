@@ -115,4 +115,4 @@ TIMES: dict[str, Callable[[Arms], Iterator[list[Row]]]] = {
     "ttft": Arms.ttft, "cached": Arms.cached, "recomputed": Arms.recomputed}
 COSTS: dict[str, Callable[[Arms], Iterator[list[Row]]]] = {
     "capture": papercosts.capture, "overlap": papercosts.overlap, "memory": papercosts.weights,
-    "cost": papercosts.cost, "protocol": papercosts.protocol}
+    "cost": papercosts.cost, "protocol": papercosts.protocol, "ipc": papercosts.ipc}

@@ -115,6 +115,16 @@ def value(cell: Sequence[Any]) -> float:
 
     Raises: ConfigError where there is none.
     """
+    found = _one(cell)
+    return float(found["value"]) / 100 if found["unit"] == PERCENT else float(found["value"])
+
+
+def source(cell: Sequence[Any]) -> str:
+    """Where the number of one cell, given as for `value`, stands."""
+    return str(_one(cell)["source"])
+
+
+def _one(cell: Sequence[Any]) -> pd.Series:
     name, quantity, system, *tokens = cell
     found = table(name)
     found = found[(found["quantity"] == quantity) & (found["system"] == system)]
@@ -122,8 +132,7 @@ def value(cell: Sequence[Any]) -> float:
     if len(found) != 1 or math.isnan(found["value"].iloc[0]):
         raise ConfigError(f"{list(cell)} names {len(found)} published cells", "one that is known was expected",
                           "give table, quantity, system and tokens")
-    number = float(found["value"].iloc[0])
-    return number / 100 if found["unit"].iloc[0] == PERCENT else number
+    return found.iloc[0]
 
 
 def claims(root: Path | None = None) -> list[Claim]:
