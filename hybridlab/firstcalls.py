@@ -65,7 +65,7 @@ def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any],
     torch.set_num_threads(threads)
     loaded = models.load(model, device=device, dtype=dtype)
     prompts = measure.prompts(loaded, lengths, seed)
-    graphs = {} if settings["arm"] == "eager" else {"buckets": buckets}
+    graphs: dict[str, Any] = {} if settings["arm"] == "eager" else {"buckets": buckets}
     with Runtime(loaded, **settings, **graphs, max_len=max_len) as runtime:
         for metric, count in (("first", FIRST), ("repeated", calls)):
             for length in lengths:

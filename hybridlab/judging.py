@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hybridlab import published, stats
+from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import StatisticsError
 from hybridlab.stats import Estimate
 
@@ -62,9 +63,9 @@ def growth(evidence: Evidence, *, part: str, arm: str, statistic: str, before: i
            cell: Sequence[Any] | None = None, against: Sequence[Any] | None = None) -> Finding:
     """How much larger `statistic` of one arm is at a length `after` than at `before`. Gaps of a longer generation
     include those of a shorter one; the interval takes them for independent, which makes it wider."""
-    samples = [_at(evidence, part, arm, tokens)["value"] for tokens in (after, before)]
+    late, early = (_at(evidence, part, arm, tokens)["value"] for tokens in (after, before))
     size = published.value(cell) / published.value(against) - 1 if cell and against else 0.0
-    return _reached(stats.change(*samples, statistic), size)
+    return _reached(stats.change(late, early, statistic), size)
 
 
 def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Sequence[Any] | None = None,
@@ -79,7 +80,7 @@ def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Se
         _require(shared, f"no prompt length that {system} was measured at")
         pairs = [(ours.loc[ours["tokens"] == n, "value"], theirs.loc[theirs["prompt_tokens"] == n, "ms"])
                  for n in shared]
-        found = max((_flipped(stats.change(*pair, statistic)) for pair in pairs), key=lambda one: one.value)
+        found = max((_flipped(stats.change(own, other, statistic)) for own, other in pairs), key=lambda one: one.value)
     else:
         found = _flipped(stats.change(ours["value"], theirs["ms"], statistic))
     return _reached(found, published.value(cell) if cell else 0.0)
@@ -129,7 +130,8 @@ def missed(evidence: Evidence, *, part: str, arm: str, metric: str) -> Finding:
 def cold(evidence: Evidence, *, arm: str, first: int, second: int, least: float) -> Finding:
     """Whether the first length takes `least` times as long as the second over first calls, and not when warm."""
     means = [_at(evidence, "protocol", arm, tokens, "first")["value"].mean() for tokens in (first, second)]
-    warm = stats.change(*(_at(evidence, "ttft", arm, tokens)["value"] for tokens in (first, second)), "median")
+    one, other = (_at(evidence, "ttft", arm, tokens)["value"] for tokens in (first, second))
+    warm = stats.change(one, other, "median")
     low, high = 1 + warm.low, 1 + warm.high
     return Finding(means[0] / means[1] > least > high,
                    f"cold {means[0] / means[1]:.2f}×, warm {1 + warm.value:.2f}× [{low:.2f}, {high:.2f}]",
@@ -201,18 +203,25 @@ JUDGES: dict[str, Judge] = {judge.__name__: judge for judge in (
 
 def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
     """Arm, tokens and the median or p99 of each cell of a part that has enough values: of first tokens by prompt
-    length; of gaps by generation length, those of its first tokens, whichever request they are of."""
+    length; of gaps by generation length, asked for or the paper's, those of its first tokens, whichever request of at
+    least that length they are of."""
     own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
     gaps = bool((own["metric"] == "gap").any())
     q, found = {"median": 0.5, "p99": 0.99}[statistic], []
     for arm in own["arm"].drop_duplicates():
         mine = own[own["arm"] == arm]
-        for tokens in sorted(set(mine["tokens"])):
+        for tokens in generations(mine) if gaps else sorted(set(mine["tokens"])):
             cell = mine[(mine["tokens"] >= tokens) & (mine["index"] < tokens)] if gaps else mine[
                 mine["tokens"] == tokens]
             if len(cell) >= stats.needed(q):
                 found.append((str(arm), int(tokens), stats.quantile(cell["value"], q)))
     return found
+
+
+def generations(gaps: pd.DataFrame) -> list[int]:
+    """The lengths that the gaps can speak of: those asked for, and of the paper's those not beyond the longest."""
+    asked = {int(tokens) for tokens in gaps["tokens"]}
+    return sorted(asked | {tokens for tokens in PAPER_LENGTHS if tokens <= max(asked)})
 
 
 def percent(found: Estimate) -> str:
@@ -263,7 +272,7 @@ def _at(evidence: Evidence, part: str, arm: str, tokens: int, metric: str | None
 
 
 def _peer(evidence: Evidence, system: str, metric: str, first: int | None) -> pd.DataFrame:
-    _require(evidence.peers is not None, f"{system}: no other engine was measured on this machine with this model")
+    _require(evidence.peers is not None, "no other engine was measured on this machine with this model")
     assert evidence.peers is not None
     named = evidence.peers["system"].str.lower().str.replace("-", "").str.contains(system, regex=False)
     own = evidence.peers[named & (evidence.peers["metric"] == metric)]

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridlab import experiment, ledger, models, names, papercosts, papertables, records
+from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables, records
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
 from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import Arms, Row
 from hybridlab.progress import reporter
 from hybridlab.report import Grid
+
+LEDGER = "ledger"
 
 
 class PaperResult(experiment.Shown):
@@ -32,14 +34,14 @@ class PaperResult(experiment.Shown):
     def ledger(self, peers: Path | str | None = None) -> list[ledger.Entry]:
         """Every claim with its verdict, judged now, from rows. `peers`: a recorded run of other engines; None takes the
         latest beside this run that is of the same model, if there is one."""
-        return ledger.judge(ledger.Evidence(
+        return ledger.judge(judging.Evidence(
             rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
             gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""),
             peers=ledger.peers_of(self.path, self.config.model) if peers is None else ledger.read_peers(Path(peers))))
 
     def grid(self, name: str) -> Grid:
-        """A table of `papertables.GRIDS`, or "ledger"."""
-        if name == "ledger":
+        """A table of `papertables.GRIDS`, or the ledger."""
+        if name == LEDGER:
             return ledger.grid(self.ledger(), self.caption)
         return papertables.GRIDS[name](self.rows, self.caption)
 
@@ -49,7 +51,7 @@ class PaperResult(experiment.Shown):
         for name, parts in papertables.NEEDS.items():
             if there & set(parts):
                 yield self.grid(name)
-        yield self.grid("ledger")
+        yield self.grid(LEDGER)
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""

@@ -14,7 +14,7 @@ import pandas as pd
 from hybridlab import published, stats, tallies
 from hybridlab.errors import StatisticsError
 from hybridlab.firstcalls import FIRST
-from hybridlab.judging import KEYS, by_length
+from hybridlab.judging import KEYS, by_length, generations
 from hybridlab.report import NONE, Grid, number
 from hybridlab.stats import Estimate
 
@@ -50,7 +50,7 @@ def p99(rows: pd.DataFrame, caption: str) -> Grid:
     cells = {(part, arm, tokens): found for part in PARTS for arm, tokens, found in by_length(rows, part, "p99")}
     own = rows[rows["part"].isin(list(PARTS)) & (rows["metric"] == "gap")]
     lines = [[str(tokens), *(_three(cells.get((part, arm, tokens))) for part, arm in columns)]
-             for tokens in sorted(set(own["tokens"]))]
+             for tokens in (generations(own) if len(own) else [])]
     return Grid(f"P99 per token by generation length · {caption}", ["new tokens", *columns.values()], lines,
                 f"From a prompt of 10 tokens; P99 of the gaps of the first so many new tokens, where there are "
                 f"{stats.needed(0.99)} or more, with 95 % intervals; whole sequence: computed again for every token.")
@@ -76,10 +76,10 @@ def effects(rows: pd.DataFrame) -> pd.DataFrame:
     tail None where n does not allow one), and published (a fraction, None where none is)."""
     found = []
     for what, part, ablated, base, cell in ABLATIONS:
-        samples = [rows[(rows["part"] == part) & (rows["arm"] == arm) & rows["metric"].isin(["ttft", "gap"])]
-                   for arm in (ablated, base)]
-        if all(len(sample) for sample in samples):
-            found.append({"what": what, "mean": _change(*samples, "mean"), "tail": _change(*samples, "p99"),
+        own, other = (rows[(rows["part"] == part) & (rows["arm"] == arm) & rows["metric"].isin(["ttft", "gap"])]
+                      for arm in (ablated, base))
+        if len(own) and len(other):
+            found.append({"what": what, "mean": _change(own, other, "mean"), "tail": _change(own, other, "p99"),
                           "published": published.value(cell) if cell else None,
                           "source": published.source(cell) if cell else ""})
     return pd.DataFrame(found, columns=["what", "mean", "tail", "published", "source"], dtype=object)

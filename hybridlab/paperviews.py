@@ -66,9 +66,10 @@ def ablations(rows: pd.DataFrame, caption: str) -> go.Figure:
                                name=f"published ({one.source})", marker={"color": INK, "symbol": "x", "size": 11},
                                hovertemplate=f"{one.what}, published: %{{x:.3g}} %<extra></extra>")
     ticks = {"tickvals": list(range(len(table))), "range": [-0.6, max(len(table), 1) - 0.4]}
-    figure.update_layout(yaxis={**ticks, "ticktext": list(table["what"])}, yaxis2={**ticks, "showticklabels": False},
+    figure.update_layout(yaxis={**ticks, "ticktext": list(table["what"])},
+                         yaxis2={**ticks, "ticktext": [""] * len(table)},
                          xaxis_title_text="measured here: increase of the mean (%)",
-                         xaxis2_title_text="published: increase (%)")
+                         xaxis2={"title": {"text": "published: increase (%)"}, "range": [0, 33]})
     return _done(figure)
 
 
@@ -104,7 +105,7 @@ def drawn(rows: pd.DataFrame, caption: str) -> dict[str, go.Figure]:
 
 
 def _frame(title: str, caption: str, domains: Sequence[list[float]], notes: Sequence[str], left: int = 75) -> go.Figure:
-    figure = panels.frame(title, caption, notes, HEIGHT, above=20)
+    figure = panels.frame(title, caption, notes, HEIGHT)
     figure.update_layout(margin_l=left)
     for number, across in enumerate(domains, 1):
         panels.axes(figure, number, across, [0, 1])
@@ -152,12 +153,13 @@ def _panel(number: int) -> dict[str, str]:
 
 
 def _titles(figure: go.Figure, up: Sequence[str], across: str) -> None:
-    """Titles of the axes, and ranges that begin at 0."""
+    """Titles of the axes, and ranges that begin at 0, the same across all panels."""
+    longest = max((x for trace in figure.data for x in trace.x), default=1)
     for number, title in enumerate(up, 1):
         tops = [value + (trace.error_y.array[i] if trace.error_y.array else 0) for trace in figure.data
                 if trace.yaxis == _panel(number)["yaxis"] for i, value in enumerate(trace.y)]
         end = panels.no(number)
-        figure.update_layout({f"xaxis{end}": {"title": {"text": across}},
+        figure.update_layout({f"xaxis{end}": {"title": {"text": across}, "range": [0, 1.04 * longest]},
                               f"yaxis{end}": {"title": {"text": title}, "range": [0, 1.1 * max(tops, default=1.0)]}})
 
 

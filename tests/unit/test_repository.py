@@ -24,9 +24,11 @@ PACKAGE = ROOT / "hybridlab"
 
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
-    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
+    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress",
+     "echo", "firstcalls"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
      "tuning", "events"),
+    ("paperconfig", "published"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan", "telemetry"),
@@ -44,11 +46,13 @@ LEVELS = (
     ("runtime",),
     ("worker", "measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables"),
-    ("capturing",),
+     "tracetables", "judging"),
+    ("capturing", "ledger", "papertables"),
     ("experiment", "notebooks"),
-    ("kernellab", "tracelab", "systemlab"),
+    ("kernellab", "tracelab", "systemlab", "papertimes", "paperviews"),
     ("cachelab", "kernelbench", "systembench", "profiling"),
+    ("papercosts",),
+    ("paperlab",),
     ("committed", "cachebench"),
     ("reproduce", "widgets"),
     ("cli",),
@@ -356,6 +360,6 @@ def test_wheel_carries_the_embedded_data() -> None:
     """Prevents an installed package without the model, prompts and tiles that every command starts from."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["sources"] == {"data": "hybridlab/data"}
-    for folder in ("/data/models/tiny", "/data/prompts", "/data/tuning"):
+    for folder in ("/data/models/tiny", "/data/prompts", "/data/tuning", "/data/paper"):
         assert folder in wheel["include"]
         assert any((ROOT / folder.strip("/")).iterdir()), folder
