@@ -24,10 +24,9 @@ PACKAGE = ROOT / "hybridlab"
 
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
-    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress",
-     "echo", "firstcalls"),
+    ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events"),
+     "tuning", "events", "echo"),
     ("paperconfig", "published"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
@@ -46,7 +45,7 @@ LEVELS = (
     ("runtime",),
     ("worker", "measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables", "judging"),
+     "tracetables", "judging", "firstcalls"),
     ("capturing", "ledger", "papertables"),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab", "papertimes", "paperviews"),
