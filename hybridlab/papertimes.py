@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from hybridlab import experiment, fused, measure, models
+from hybridlab.buckets import ladder
 from hybridlab.cells import cells
 from hybridlab.config import REPLAYING, RunConfig
 from hybridlab.errors import MeasureError, PromptError
@@ -60,7 +61,7 @@ class Arms:
     """The arms of a reproduction over one loaded model, warmed up and then sealed: no timed request captures.
 
     `lengths` and `generations` are those of the config that fit the model's context; `clipped` are rows of the others.
-    Raises: PromptError when no length or no generation fits.
+    Raises: PromptError when no length or no generation fits, ConfigError for buckets that are no ladder.
     """
 
     def __init__(self, model: PreTrainedModel, config: PaperConfig, report: Report) -> None:
@@ -80,8 +81,10 @@ class Arms:
             new_tokens=min(min(self.generations), context - max(self.lengths)), repeats=config.repeats, itl_repeats=1,
             warmup=config.warmup, budget_s=config.budget_s, temperature=config.temperature, seed=config.seed,
             threads=config.threads)
-        longest = max(max(self.lengths) + self.settings.new_tokens, START + max(self.generations))
+        largest = max(config.buckets) if isinstance(config.buckets, tuple) else 0
+        longest = max(max(self.lengths) + self.settings.new_tokens, START + max(self.generations), largest)
         self.max_len = min(-(-longest // 64) * 64, context)
+        ladder(config.buckets, self.max_len)  # refuses what is none before anything is written
         self.prompts = measure.prompts(model, {*self.lengths, START}, config.seed)
         self._stack = contextlib.ExitStack()
 

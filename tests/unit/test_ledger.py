@@ -196,7 +196,8 @@ def test_other_engines_are_compared_where_they_ran() -> None:
 def test_peers_are_the_latest_complete_run_of_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines timed on another model, in a run that failed, or an ablation taken for one."""
     kinds = {"a1": ("peers", "tiny", "complete"), "a2": ("peers", "tiny", "complete"),
-             "a3": ("peers", "big", "complete"), "a4": ("peers", "tiny", "failed"), "a5": ("ablation", "tiny", "complete")}
+             "a3": ("peers", "big", "complete"), "a4": ("peers", "tiny", "failed"),
+             "a5": ("ablation", "tiny", "complete")}
     for name in kinds:
         (tmp_path / name).mkdir()
     (tmp_path / "a6").mkdir()  # no run
