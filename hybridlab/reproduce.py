@@ -55,7 +55,7 @@ def steps(model: str, repeats: int, budget_s: float) -> list[Step]:
 def paper_steps(model: str, repeats: int, budget_s: float) -> list[Step]:
     """Notebook 10 with the paper's lengths: `repeats` rounds of first tokens, `budget_s` for each of its parts."""
     full = {"model": model, "lengths": list(PAPER_LENGTHS), "generations": list(PAPER_LENGTHS), "repeats": repeats,
-            "gaps": 368, "warmup": 20, "trace_requests": 200, "cost_lengths": [16, 64, 128, 256, 500], "calls": 100,
+            "warmup": 20, "trace_requests": 200, "cost_lengths": [16, 64, 128, 256, 500], "calls": 100,
             "budget_s": budget_s}
     return [Step(PAPER, full, START_S + COMPILE_S + budget_s * len(PAPER_PARTS))]
 
