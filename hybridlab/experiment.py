@@ -79,6 +79,14 @@ class Shown:
         model = self.recorded.config.model
         return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(self._sizes()) or 0}"])
 
+    def busy(self) -> str:
+        """That other work was under way, in words; empty where none was."""
+        load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
+        if not load or not cores or load[0] <= cores:
+            return ""
+        return (f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): other work stretched "
+                "the tails.")
+
     def _sizes(self) -> list[str]:
         counts = self.rows["metric"].value_counts()
         return [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
@@ -115,10 +123,7 @@ class Result(Shown):
         parts += [_path_words(self.rows, list(cells(self.config)))]
         if pooled["p99"].isna().any():
             parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
-        load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
-        if load and cores and load[0] > cores:
-            parts.append(f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): "
-                         "other work stretched the tails.")
+        parts.append(self.busy())
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here, so the ratios show what "
                          "leaving Python out of the loop saves on this machine; they are not GPU ratios.")

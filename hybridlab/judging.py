@@ -119,12 +119,13 @@ def replayed(evidence: Evidence, *, part: str, arm: str, metric: str, longest: i
     return Finding(hits == len(own), f"{hits} of {len(own)} replayed", "all")
 
 
-def missed(evidence: Evidence, *, part: str, arm: str, metric: str) -> Finding:
-    """Whether some such row found no graph, or had one captured for it."""
+def missed(evidence: Evidence, *, part: str, arm: str, metric: str, positions: int) -> Finding:
+    """Whether some such row found no graph, or had one captured for it, over at least so many positions."""
     own = _own(evidence, part, arm, metric)
     misses = int(((own["path"] != "graph") | (own["captures"] > 0)).sum())
-    positions = own["position"].nunique()
-    return Finding(misses > 0, f"{misses} of {len(own):,} missed, {positions} positions", "some")
+    found = own["position"].nunique()
+    _require(found >= positions, f"{found} positions, and {positions} are needed")
+    return Finding(misses > 0, f"{misses} of {len(own):,} missed, {found} positions", "some")
 
 
 def cold(evidence: Evidence, *, arm: str, first: int, second: int, least: float) -> Finding:
@@ -138,9 +139,11 @@ def cold(evidence: Evidence, *, arm: str, first: int, second: int, least: float)
                    f"{least:g}× between them")
 
 
-def below(evidence: Evidence, *, arm: str, tokens: int) -> Finding:
+def below(evidence: Evidence, *, arm: str, tokens: int, calls: int) -> Finding:
     """Whether the P99 of repeated calls, as published without an interval, is below the mean of the first ones."""
-    tail = float(np.quantile(_at(evidence, "protocol", arm, tokens, "repeated")["value"], 0.99))
+    repeated = _at(evidence, "protocol", arm, tokens, "repeated")["value"]
+    _require(len(repeated) >= calls, f"{len(repeated)} repeated calls, and {calls} are needed")
+    tail = float(np.quantile(repeated, 0.99))
     mean = float(_at(evidence, "protocol", arm, tokens, "first")["value"].mean())
     return Finding(tail < mean, f"P99 is {tail / mean:.2f}× the mean", "below 1×")
 

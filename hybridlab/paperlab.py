@@ -28,8 +28,7 @@ class PaperResult(experiment.Shown):
         return self.recorded.config
 
     def _sizes(self) -> list[str]:
-        counts = self.rows[self.rows["metric"] != "clipped"].groupby("part").size()
-        return [f"{counts[part]:,} of {part}" for part in self.config.parts if part in counts]
+        return [f"{int((self.rows['metric'] != 'clipped').sum()):,} values"]
 
     def ledger(self, peers: Path | str | None = None) -> list[ledger.Entry]:
         """Every claim with its verdict, judged now, from rows. `peers`: a recorded run of other engines; None takes the
@@ -55,7 +54,7 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), ledger.words(self.ledger())]
+        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "launches on a GPU are not judged by them.")

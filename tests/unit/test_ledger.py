@@ -109,6 +109,7 @@ def test_one_missed_step_is_enough() -> None:
     """A share of hits that is rounded to all of them."""
     rows = gaps("cached", "hybrid", lambda _: 7.0)
     assert judged("decode-buffer", rows).verdict == NOT_REPRODUCED
+    assert "10 positions" in judged("decode-buffer", [one for one in rows if one["index"] <= 10]).why
     rows[5] |= {"path": "jit"}
     assert judged("decode-buffer", rows).verdict == REPRODUCED
     assert judged("kv-update", rows).here.startswith(f"1 of {len(rows):,} missed")
@@ -128,6 +129,8 @@ def test_a_cold_start_is_told_from_a_slow_length() -> None:
                   ).verdict == NOT_REPRODUCED
     assert judged("p99-below-mean", cold).verdict == REPRODUCED
     assert judged("p99-below-mean", calls("eager", lambda *_: 20.0, 21.0)).verdict == NOT_REPRODUCED
+    few = [one for one in cold if one["index"] < 50]
+    assert "50 repeated calls" in judged("p99-below-mean", few).why
 
 
 def test_a_capture_inside_a_mean_of_five_is_seen() -> None:

@@ -104,7 +104,8 @@ def test_every_claim_fits_its_judge_and_cites_cells_that_are_known() -> None:
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('id = "kv-update"', 'id = "precapture"', "'precapture' is there twice"),
     ('source = "S5"', 'source = "hearsay"', "source 'hearsay'"), ('needs = "any"', 'needs = "luck"', "luck"),
-    ('rule = "Some step ran outside of a graph."', 'rule = ""', "length >= 1"), ("[[claim]]", "[[claim]", "cannot be"),
+    ('rule = "Some step ran outside of a graph, at 50 positions or more."', 'rule = ""', "length >= 1"),
+    ("[[claim]]", "[[claim]", "cannot be"),
     ('judge = "replayed"', 'jugde = "replayed"', "unknown field|missing required"),
 ])
 def test_a_broken_claim_is_refused(copy: Path, old: str, new: str, message: str) -> None:
