@@ -90,6 +90,9 @@ def test_growth_follows_from_recomputing_and_not_from_a_cache() -> None:
     rows = gaps("cached", "hybrid", lambda _: 7.0) + gaps("recomputed", "hybrid", lambda index: 5 + index / 20)
     assert judged("growth-cached", rows).verdict == NOT_REPRODUCED
     assert judged("growth-recomputed", rows).verdict == REPRODUCED
+    equal, longer = (times("ttft", "hybrid", lambda n, ms=ms: ms if n == 10 else 20.0) for ms in (20.0, 24.0))
+    assert judged("ttft-10-longer", equal).verdict == NOT_REPRODUCED, "its interval reaches 0, the size claimed"
+    assert judged("ttft-10-longer", longer).verdict == REPRODUCED
     table = papertables.by_position(pd.DataFrame(rows).assign(run_id="r1"), "recomputed")
     assert table["p50"].is_monotonic_increasing
     assert table["position"].iloc[0] == 10 + 16.5  # the middle of 32 positions
@@ -100,7 +103,7 @@ def test_the_lowest_tail_is_asked_at_every_length() -> None:
     eager = gaps("cached", "eager", lambda _: 20.0)
     assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0) + eager).verdict == REPRODUCED
     late = judged("lowest-tail", gaps("cached", "hybrid", lambda index: 7.0 if index < 450 else 90.0) + eager)
-    assert (late.verdict, late.here) == (NOT_REPRODUCED, "lowest at 8 of 9 lengths")
+    assert (late.verdict, late.here) == (NOT_REPRODUCED, "lowest at 6 of 7 lengths")
     fused = gaps("cached", "hybrid fused", lambda _: 3.0)
     assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0) + eager + fused).verdict == REPRODUCED
 
@@ -248,7 +251,7 @@ def test_tables_say_what_the_rows_say(rows: pd.DataFrame) -> None:
     assert first.rows[0][4].endswith(" hit")
     tail = papertables.p99(rows, "run r1")
     assert [line[0] for line in tail.rows] == ["10", "50", "100", "150", "200", "250", "300", "350", "400", "500"]
-    assert tail.rows[0][1] == "–", "each of the four requests has nine gaps among its first ten tokens"
+    assert tail.rows[0][1] == "–", "each of eight requests has nine gaps among its first ten tokens"
     assert "whole sequence" in tail.header[5]
     effects = papertables.effects(rows)
     assert [round(one.value, 1) for one in effects["mean"]] == [0.5, 0.1, -0.0]
