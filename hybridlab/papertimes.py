@@ -112,11 +112,12 @@ class Arms:
         self._stack.close()
 
     def _warm_up(self, timed: dict[int, list[int]]) -> None:
-        whole = range(START, START + max(self.generations)) if "recomputed" in self.config.parts else ()
+        longest = START + max(self.generations) - 1
         for done, (name, runtime) in enumerate(self.runtimes.items()):
             self.report(f"warming up {name}", done, len(self.runtimes))
-            rows = {START, *whole} if name in WHOLE else {START}
-            runtime.warm_up(sorted(rows), temperature=self.config.temperature)
+            whole = "recomputed" in self.config.parts and name in WHOLE
+            rows = range(START, longest + 1) if whole and name != "eager" else {START, longest if whole else START}
+            runtime.warm_up(rows, temperature=self.config.temperature)
         measure.warm_up(self.runtimes, timed, self.settings,
                         step=lambda done: self.report("warming up", done, self.config.warmup))
 
