@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,7 @@ def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None,
     with reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
-        context = models.context(model)
-        requests, max_len = _fit(config, settings, context)
-        lab = _Lab(model, config, settings, requests, max_len, report)
+        lab = Lab(model, config, report)
         with experiment.threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
@@ -154,15 +152,14 @@ def _fit(config: CacheConfig, settings: Settings, context: int | None) -> tuple[
     return requests, min(-(-needed // 64) * 64, context or needed)
 
 
-class _Lab:
-    """One loaded model and all that is measured with it."""
+class Lab:
+    """One loaded model and all that is measured with it. Raises ConfigError for requests beyond its context."""
 
-    def __init__(self, model: Any, config: CacheConfig, settings: Settings, requests: Sequence[Asked], max_len: int,
-                 report: Report) -> None:
-        self.model, self.config, self.settings, self.requests = model, config, settings, requests
-        self.max_len, self.report = max_len, report
-        self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in requests}), config.seed)
-        self.proof = serving.Proof(requests, model.dtype == torch.float32)
+    def __init__(self, model: Any, config: CacheConfig, report: Report) -> None:
+        self.model, self.config, self.settings, self.report = model, config, compared(config), report
+        self.requests, self.max_len = _fit(config, self.settings, models.context(model))
+        self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in self.requests}), config.seed)
+        self.proof = serving.Proof(self.requests, model.dtype == torch.float32)
         self.started = time.monotonic()
 
     def runtime(self, **changes: Any) -> Runtime:

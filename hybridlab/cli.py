@@ -190,17 +190,20 @@ for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", 
 
 
 @app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
-                              "hybridlab reproduce --publish"))
+                              "hybridlab reproduce --publish",
+                              "hybridlab reproduce --paper --model random:llama-2-7b --repeats 1000"))
 def reproduce(
     model: Model = "tiny",
-    repeats: Annotated[int, option("Rounds of 05, at most; one round is a TTFT of every arm and length.", min=1)] = 60,
-    budget_s: Annotated[float, option("05 starts no new round after this many seconds.", "--budget-s", min=1)] = 90.0,
+    repeats: Annotated[int, option("Rounds of 05 or 10, at most; one is a TTFT of every arm and length.", min=1)] = 60,
+    budget_s: Annotated[float, option("05, and each part of 10, starts no new round after this many seconds.",
+                                      "--budget-s", min=1)] = 90.0,
+    paper: Annotated[bool, option("Instead: 10, the paper's tables, ablations and claims.", "--paper")] = False,
     runs: Runs = None,
     publish: Annotated[bool, option("Copy the finished ablation to data/runs/ and redraw the committed figures "
                                      "from committed rows.", "--publish")] = False,
     debug: Debug = False,
 ) -> None:
-    """Execute all notebooks, 05 with the paper's prompt lengths, print the ablation table, and draw the figures.
+    """Execute all notebooks but 10, 05 with the paper's lengths, print the ablation table, and draw the figures.
 
     Figures go to figures/local/ as HTML, SVG and PNG. Without --publish nothing else changes outside the run store.
     """
@@ -212,9 +215,10 @@ def reproduce(
         if publish and checkout is None:
             raise ConfigError("--publish needs a checkout", "hybridlab runs from an installed package",
                               "clone the repository")
-        done = job.run_all(job.steps(model, repeats, budget_s), (checkout or Path.cwd()) / "notebooks", err, root=runs)
-        run_path = done[job.ABLATION].run_path
-        print(job.shown(run_path, paths.figures_dir(), err))
+        plan = (job.paper_steps if paper else job.steps)(model, repeats, budget_s)
+        done = job.run_all(plan, (checkout or Path.cwd()) / "notebooks", err, root=runs)
+        run_path = done[job.PAPER if paper else job.ABLATION].run_path
+        print((job.paper_shown if paper else job.shown)(run_path, paths.figures_dir(), err))
         if publish and checkout is not None:
             print(job.published(run_path, checkout))
 
@@ -228,7 +232,8 @@ def check(
     """Verify every committed run against its manifest, and every README table against the rows it names.
 
     A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
-    of ablation also ttft, itl, cache, kernels, steps and peers. Exit code 1, with a diff, when anything differs.
+    of ablation also ttft, itl, cache, kernels, steps and peers, and for the paper paper-ttft, paper-p99,
+    paper-ablations, paper-protocol, paper-costs and ledger. Exit code 1, with a diff, when anything differs.
     """
     with errors(debug):
         from hybridlab import committed, paths

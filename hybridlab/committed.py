@@ -6,16 +6,29 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridlab import kernelbench, kernelviews, plots, records, report, soundness, timeline, tracetables, traceviews
+from hybridlab import (
+    kernelbench,
+    kernelviews,
+    papertables,
+    paperviews,
+    plots,
+    records,
+    report,
+    soundness,
+    timeline,
+    tracetables,
+    traceviews,
+)
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
 from hybridlab.kernellab import KernelResult
 from hybridlab.manifests import CONFIG, MANIFEST
+from hybridlab.paperlab import LEDGER, PaperResult
 from hybridlab.peerlab import PeersResult
 from hybridlab.records import atomic_write, keep, read
 from hybridlab.systemlab import SystemResult
@@ -74,7 +87,8 @@ def publish(path: Path, root: Path) -> Path:
 def redraw(root: Path) -> list[Path]:
     """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
     `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them,
-    `peers_<figure>` from the latest with other engines, `trace_<figure>` from its latest trace, and
+    `peers_<figure>` from the latest with other engines, `trace_<figure>` from its latest trace, `paper_<figure>` from
+    its latest reproduction of the paper, and
     `cache_<trace>_<figure>` from its latest run of each request trace.
     """
     written: list[Path] = []
@@ -92,6 +106,8 @@ def redraw(root: Path) -> list[Path]:
             kernels[path.parent.name] = KernelResult.open(path)
         elif records.kind(path) == TraceResult.kind:
             written += _draw_trace(TraceResult.open(path), root / "figures" / path.parent.name)
+        elif records.kind(path) == PaperResult.kind:
+            written += draw_paper(PaperResult.open(path), root / "figures" / path.parent.name, STILL)
     for (machine, prefix), compared in ablations.items():
         written += report.draw(compared, root / "figures" / machine, STILL, prefix)
     for machine, timed in kernels.items():
@@ -115,6 +131,12 @@ def _draw_kernels(result: KernelResult, folder: Path) -> Iterator[Path]:
 def _draw_trace(result: TraceResult, folder: Path) -> Iterator[Path]:
     yield from plots.write(traceviews.shares(result.traces(), result.caption), folder / "trace_shares", STILL)
     yield from plots.write(traceviews.token(result.traces(), result.caption), folder / "trace_token", STILL)
+
+
+def draw_paper(result: PaperResult, folder: Path, formats: Sequence[str] = plots.FORMATS) -> Iterator[Path]:
+    """Write every figure that a reproduction of the paper has rows for into `folder`; yields each file."""
+    for name, figure in paperviews.drawn(result.rows, result.caption).items():
+        yield from plots.write(figure, folder / f"paper_{name}", formats)
 
 
 def _check_run(path: Path, name: str, findings: Findings) -> None:
@@ -157,7 +179,7 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
     tables = (*report.GRIDS, *soundness.GRIDS, CacheResult.kind, *kernelbench.TITLES, TraceResult.kind,
-              SystemResult.kind, PeersResult.kind)
+              SystemResult.kind, PeersResult.kind, *papertables.GRIDS, LEDGER)
     if kind not in tables:
         raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
@@ -170,6 +192,8 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
     if kind == TraceResult.kind:
         traced = TraceResult.open(known[run])
         return tracetables.grid(traced.tokens(), traced.caption).markdown()
+    if kind in (*papertables.GRIDS, LEDGER):
+        return PaperResult.open(known[run]).grid(kind).markdown()
     if kind == SystemResult.kind:
         return SystemResult.open(known[run]).grid().markdown()
     if kind == PeersResult.kind:

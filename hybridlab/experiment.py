@@ -37,7 +37,7 @@ class Shown:
         if found.kind != cls.kind:
             known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult",
                      "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult",
-                     "peers": "peerlab.PeersResult"}
+                     "peers": "peerlab.PeersResult", "paper": "paperlab.PaperResult"}
             raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}",
                            f"open it with hl.{known[found.kind]}")
         return cls(found)
@@ -81,6 +81,14 @@ class Shown:
             model += " through workers"
         return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(self._sizes()) or 0}"])
 
+    def busy(self) -> str:
+        """That other work was under way, in words; empty where none was."""
+        load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
+        if not load or not cores or load[0] <= cores:
+            return ""
+        return (f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): other work stretched "
+                "the tails.")
+
     def _sizes(self) -> list[str]:
         counts = self.rows["metric"].value_counts()
         return [f"{counts[name]:,} {word}" for name, word in (("ttft", "first tokens"), ("itl", "gaps"))
@@ -117,10 +125,7 @@ class Result(Shown):
         parts += [_path_words(self.rows, list(cells(self.config)))]
         if pooled["p99"].isna().any():
             parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
-        load, cores = self.recorded.environment.get("load_average"), self.recorded.environment.get("usable_cores")
-        if load and cores and load[0] > cores:
-            parts.append(f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): "
-                         "other work stretched the tails.")
+        parts.append(self.busy())
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here, so the ratios show what "
                          "leaving Python out of the loop saves on this machine; they are not GPU ratios.")
@@ -189,7 +194,7 @@ def _measure(model: Any, device: torch.device, prompts: dict[int, list[int]], co
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
-            _require_agreement(runtimes, prompts, config)
+            require_agreement(runtimes, prompts, config)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
         telemetry = stack.enter_context(Telemetry(device.index or 0 if device.type == "cuda" else None))
@@ -217,7 +222,7 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _require_agreement(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig) -> None:
+def require_agreement(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], config: RunConfig) -> None:
     """Refuse to time arms that differ in a greedy token. In half precision a near-tie may fall either way."""
     for length in {min(prompts), max(prompts)}:
         answers = {arm: runtime.generate(prompts[length], max_new_tokens=config.new_tokens, stop=[]).ids

@@ -11,6 +11,7 @@ from hybridlab import checkpoint
 from hybridlab.architectures import ARCHITECTURES
 from hybridlab.config import CacheConfig, RunConfig, TraceConfig
 from hybridlab.errors import ModelError, PromptError, nearest
+from hybridlab.paperconfig import PaperConfig
 from hybridlab.paths import data_dir
 
 RANDOM = "random:"
@@ -57,13 +58,16 @@ def context(name: str) -> int | None:
     return found.get("max_position_embeddings") if found else None
 
 
-def require_fit(config: RunConfig | CacheConfig | TraceConfig, tokens: int | None) -> None:
+def require_fit(config: RunConfig | CacheConfig | TraceConfig | PaperConfig, tokens: int | None) -> None:
     """Raise `PromptError` if the longest request of an experiment is longer than the context of `tokens`.
 
+    Of a reproduction of the paper the shortest is looked at: what does not fit is left out, and that is recorded.
     Of a trace only `cost_lengths` are looked at here: `workload` clips what it makes and checks what it reads.
     """
     if isinstance(config, TraceConfig):
         what, more, prompt, new = "length", "traced_tokens", config.length, config.traced_tokens
+    elif isinstance(config, PaperConfig):
+        what, more, prompt, new = "lengths", "generations", min(config.lengths), 1
     elif isinstance(config, RunConfig):
         what, more, prompt, new = "lengths", "new_tokens", max(config.lengths), config.new_tokens
     else:

@@ -17,10 +17,12 @@ from hybridlab.cells import require_distinct, require_steps
 from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, TraceConfig, build
 from hybridlab.errors import ConfigError, NotebookError, choose, nearest
 from hybridlab.names import context, require_fit
+from hybridlab.paperconfig import PaperConfig
 from hybridlab.workload import require_known
 
-Experiment = RunConfig | CacheConfig | BenchConfig | TraceConfig  # what a notebook's parameters can be fields of
-KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig, TraceConfig)
+# What a notebook's parameters can be fields of.
+Experiment = RunConfig | CacheConfig | BenchConfig | TraceConfig | PaperConfig
+KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig, TraceConfig, PaperConfig)
 OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
 IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect

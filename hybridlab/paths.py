@@ -24,7 +24,7 @@ def importing() -> dict[str, str]:
 
 
 def data_dir() -> Path:
-    """The folder holding `models/tiny`, `prompts` and `tuning`: `data/` of the checkout, or its copy in the wheel."""
+    """The folder of models, prompts, tiles and published numbers: `data/` of the checkout, or its copy in the wheel."""
     root = repository()
     return root / "data" if root else PACKAGE / "data"
 

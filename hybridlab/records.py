@@ -25,16 +25,18 @@ from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, 
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import RunError
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, UNFINISHED, hashes, load, verify
+from hybridlab.paperconfig import PaperConfig
 
 Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
 PARTS, FAILURE = "parts", "failure.json"
 
-Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | PeersConfig
+Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | PeersConfig | PaperConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
     "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE),
     "kernels": (BenchConfig, schemas.KERNELS), "trace": (TraceConfig, schemas.TRACE),
-    "system": (SystemConfig, schemas.SYSTEM), "peers": (PeersConfig, schemas.ABLATION)}
+    "system": (SystemConfig, schemas.SYSTEM), "peers": (PeersConfig, schemas.ABLATION),
+    "paper": (PaperConfig, schemas.PAPER)}
 
 NULLABLE = {pa.int64(): "Int64", pa.bool_(): "boolean"}  # pandas would make floats and objects of these
 

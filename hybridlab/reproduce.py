@@ -17,9 +17,12 @@ from hybridlab import committed, kernelbench, notebooks, report, terminal
 from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import ConfigError, NotebookError
 from hybridlab.experiment import Result
+from hybridlab.paperconfig import PAPER_PARTS
+from hybridlab.paperlab import PaperResult
 from hybridlab.records import PARTS
 
 ABLATION = "05_ablation"
+PAPER = "10_paper"
 START_S = 20.0  # a kernel, its imports, the model and warming up the arms, on two slow cores
 COMPILE_S = 25.0  # what the first notebook that compiles adds; the later ones find most of it on disk
 
@@ -47,6 +50,29 @@ def steps(model: str, repeats: int, budget_s: float) -> list[Step]:
             Step("06_partition", {"model": model, "budget_s": 6.0}, START_S + COMPILE_S),
             Step("07_graph_cache", {"model": model, "budget_s": 15.0}, START_S + COMPILE_S + 15), *_kernels(model),
             Step("09_traces", {"model": model}, START_S + COMPILE_S)]
+
+
+def paper_steps(model: str, repeats: int, budget_s: float) -> list[Step]:
+    """Notebook 10 with the paper's lengths: `repeats` rounds of first tokens, `budget_s` for each of its parts."""
+    full = {"model": model, "lengths": list(PAPER_LENGTHS), "generations": list(PAPER_LENGTHS), "repeats": repeats,
+            "warmup": 20, "trace_requests": 200, "cost_lengths": [16, 64, 128, 256, 500], "calls": 100,
+            "budget_s": budget_s}
+    return [Step(PAPER, full, START_S + COMPILE_S + budget_s * len(PAPER_PARTS))]
+
+
+def paper_shown(run_path: Path, folder: Path, console: Console) -> str:
+    """Print the tables and the ledger of a reproduction of the paper and draw its figures into `folder`; where both
+    are, in words."""
+    result = PaperResult.open(run_path)
+    terminal.results([grid.rich() for grid in result.grids()], result.reading())
+    with console.status("drawing figures"):
+        files = list(committed.draw_paper(result, folder))
+    return _where(run_path, folder, files)
+
+
+def _where(run_path: Path, folder: Path, files: list[Path]) -> str:
+    names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
+    return f"run      {terminal.near(run_path)}\nfigures  {terminal.near(folder)}: {names}"
 
 
 def _kernels(model: str) -> list[Step]:
@@ -89,8 +115,7 @@ def shown(run_path: Path, folder: Path, console: Console) -> str:
     terminal.results([grid(result).rich() for grid in report.GRIDS.values()], result.reading())
     with console.status("drawing figures"):
         files = list(report.draw(result, folder))
-    names = ", ".join(sorted({file.stem for file in files if file.suffix == ".svg"}))
-    return f"run      {terminal.near(run_path)}\nfigures  {terminal.near(folder)}: {names}"
+    return _where(run_path, folder, files)
 
 
 def published(run_path: Path, checkout: Path) -> str:

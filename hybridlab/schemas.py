@@ -1,4 +1,5 @@
-"""The columns of each kind of recorded rows: ablation, graph cache, kernels of a decode step, trace, system."""
+"""The columns of each kind of recorded rows: ablation, graph cache, kernels of a decode step, trace, system,
+the paper."""
 
 from __future__ import annotations
 
@@ -57,6 +58,19 @@ KERNELS = _schema(
 TRACE = _schema(
     "run_id:str arm:str kind:str name:str start_ns:int end_ns:int stream:int thread:int correlation:int graph:int "
     "node:int category:str payload:int", optional=("stream", "thread", "correlation", "graph", "node", "payload"))
+
+# One row a value of a reproduction of the paper. part says what was measured, arm what by, tokens at which length:
+#   ttft        first tokens, warm; tokens: of the prompt.        cached      gaps, with a KV cache; tokens: asked for.
+#   recomputed  tokens, each by a forward of the whole sequence.  capture     first tokens of a stream; arm: a setting.
+#   overlap     gaps while graphs are captured; arm: a way.       memory      MiB; metric: what holds them.
+#   cost        times of captures as in CACHE; arm: a pool.       protocol    "first" and "repeated" calls in a process.
+#   ipc         round trips of token ids to another process.
+# metric "clipped": tokens do not fit the context of `value` tokens. index, position: of the token. state: hit (a graph
+# of just these rows), bucket (padded to one), captured (in the request), miss, or none (an arm without graphs); of part
+# overlap, whether a capture was under way. bytes: of the graph.
+PAPER = _schema(
+    "run_id:str part:str arm:str round:int request:int tokens:int index:int position:int metric:str value:float "
+    "unit:str path:str reason:str state:str captures:int compiles:int bytes:int", optional=("bytes",))
 
 # One row a value. part: coldstart, memory, overhead or ipc; setting: of the caches, say; step: what the value is of.
 SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str")

@@ -86,6 +86,34 @@ def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: in
     return Estimate(float(_median_ratio(values, bases)), float(interval.low), float(interval.high), len(values))
 
 
+def change(sample: ArrayLike, base: ArrayLike, statistic: str = "median", confidence: float = 0.95, seed: int = 0, *,
+           paired: bool = False) -> Estimate:
+    """statistic(sample) / statistic(base) - 1, of "mean", "median" or "p99", with a bootstrap interval as `ratio` has:
+    0.1 where the sample is ten per cent larger. n counts the sample. Raises: StatisticsError as `ratio`, and for a p99
+    of fewer values than its own interval would need."""
+    values, bases = _finite(sample), _finite(base)
+    reduce = {"mean": np.mean, "median": np.median, "p99": _p99}[statistic]
+    smaller, least = min(len(values), len(bases)), needed(0.99 if statistic == "p99" else 0.5, confidence)
+    if smaller < least:
+        raise StatisticsError(f"a change of the {statistic} between {len(values)} and {len(bases)} values has no "
+                              "interval", f"it needs n >= {least}", "measure more repeats")
+    if paired and len(values) != len(bases):
+        raise StatisticsError("paired samples differ in length", f"{len(values)} and {len(bases)} values",
+                              "pair the values by round, or pass paired=False")
+
+    def relative(one: NDArray[np.float64], other: NDArray[np.float64], axis: int = -1) -> Any:
+        return reduce(one, axis=axis) / reduce(other, axis=axis) - 1
+
+    found = scipy_stats.bootstrap((values, bases), relative, paired=paired, vectorized=True, method="percentile",
+                                  n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // max(len(values), len(bases))),
+                                  confidence_level=confidence, rng=np.random.default_rng(seed)).confidence_interval
+    return Estimate(float(relative(values, bases)), float(found.low), float(found.high), len(values))
+
+
+def _p99(values: NDArray[np.float64], axis: int = -1) -> Any:
+    return np.quantile(values, 0.99, axis=axis)
+
+
 def error(predicted: Any, measured: Any) -> Any:
     """How far a prediction is off, relative to what was measured: 0.1 where it is ten per cent too long."""
     return predicted / measured - 1

@@ -17,14 +17,14 @@ import nbformat
 import numpy as np
 import pytest
 
-from hybridlab import answers, kernelanswers, notebooks, records
+from hybridlab import answers, kernelanswers, notebooks, paperlab, records
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# Their rows are those of a cache run, of timed kernels, of traces.
-CACHE, KERNELS, TRACES = "07_graph_cache", "08_kernels", "09_traces"
+# Their rows are those of a cache run, of timed kernels, of traces, of a reproduction of the paper.
+CACHE, KERNELS, TRACES, PAPER = "07_graph_cache", "08_kernels", "09_traces", "10_paper"
 PARAMETERS = 'model = "tiny"  # which model\nrepeats = 3  # rounds\nlengths = [10]  # tokens\n'
 ARMS_OF = {"00_start_here": set(ARMS), "01_eager": {"eager"}, "02_graphs_only": {"eager", "graph"},
            "03_jit_only": {"eager", "jit"}, "04_hybrid": {"eager", "hybrid"}, "05_ablation": set(ARMS),
@@ -312,7 +312,7 @@ def alive(pid: int) -> bool:
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS, TRACES)],
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS, TRACES, PAPER)],
                          ids=lambda path: path.stem)
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
@@ -361,6 +361,21 @@ def test_the_kernel_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> N
                                                  kernelanswers.where_the_time_goes)]
     assert not any("in these rows" in answer for answer in said)
     assert "cannot start a kernel early" in kernelanswers.what_pdl_buys(recorded.rows)
+    require_figures(done.path)
+
+
+@pytest.mark.slow
+def test_the_paper_notebook_runs_and_judges_every_claim(tmp_path: Path) -> None:
+    """A reproduction whose ledger is empty, or judged from something else than the rows that it recorded."""
+    small = {"model": "random:tiny-llama-3", "lengths": [5, 30], "generations": [4], "repeats": 1, "warmup": 1,
+             "trace_requests": 2, "cost_lengths": [16], "calls": 1, "budget_s": 0.1, "device": "cpu"}
+    done = notebooks.run(FOLDER / f"{PAPER}.ipynb", small, root=tmp_path / "runs", progress=False)
+    result = paperlab.PaperResult.open(done.run_path)
+    assert (result.status, result.config.lengths) == ("complete", (5, 30))
+    assert set(result.rows["part"]) == set(result.config.parts)
+    said = " ".join(str(output.get("data", {}).get("text/plain", output.get("text", "")))
+                    for cell in nbformat.read(done.path, as_version=4).cells for output in cell.get("outputs", ()))
+    assert result.reading().splitlines()[0] in said
     require_figures(done.path)
 
 

@@ -317,6 +317,16 @@ def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
 
 
+def test_the_paper_is_reproduced_with_its_lengths_and_enough_gaps() -> None:
+    """A full reproduction that silently measured the small defaults of the notebook."""
+    folder = Path(__file__).resolve().parents[2] / "notebooks"
+    (step,) = reproduce.paper_steps("tiny", 1000, 60.0)
+    config = notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters)
+    assert (config.lengths, config.generations, config.repeats) == (PAPER_LENGTHS, PAPER_LENGTHS, 1000)
+    assert config.gaps >= 368  # a p99 needs as many
+    assert step.expected_s > 60 * len(config.parts)
+
+
 def test_a_model_that_cannot_be_fused_is_reproduced_without_its_kernels(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The last notebook would end the main job after all others had run, or be passed over in silence."""

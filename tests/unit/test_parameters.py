@@ -11,6 +11,7 @@ import pytest
 from hybridlab import notebooks, parameters
 from hybridlab.config import BenchConfig, CacheConfig, RunConfig
 from hybridlab.errors import ConfigError, NotebookError, PromptError
+from hybridlab.paperconfig import PaperConfig
 
 
 def notebook(tmp_path: Path, source: str) -> Path:
@@ -24,6 +25,8 @@ def notebook(tmp_path: Path, source: str) -> Path:
     ("model = 'tiny'\ntrace = 'chat'\nrequests = 5", CacheConfig),
     ("compare = [{'capture': 'sync'}, {}]\nseed = 1", CacheConfig),
     ("model = 'tiny'\nlengths = [1]\nvariants = None\nrepeats = 3", BenchConfig),
+    ("model = 'tiny'\nlengths = [1]\ngenerations = [5]\nrepeats = 3", PaperConfig),
+    ("model = 'tiny'\nlengths = [1]\nrepeats = 3\nbudget_s = 1.0\nseed = 1", RunConfig),
 ])
 def test_the_names_of_the_cell_decide_the_config(tmp_path: Path, source: str, kind: type) -> None:
     """A notebook about the graph cache, checked against an ablation's fields, would be refused or lose parameters."""

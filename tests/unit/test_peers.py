@@ -131,7 +131,7 @@ def synthetic(root, **systems):
         "index": index, "position": 10 + index, "metric": "itl" if index else "ttft",
         "ms": ms * (1 + number / 100) * (1.5 if place and number % 2 else 1),
         "path": "eager", "reason": "", "captures": 0, "compiles": 0, "process": place, "device_ms": None,
-        "ended_ns": number, "happened": "", "happened_ms": 0.0, "profiled": False}
+        "client_ms": None, "ended_ns": number, "happened": "", "happened_ms": 0.0, "profiled": False}
         for number in range(8) for index in range(2) for place, (arm, ms) in enumerate(
             (("hybrid", 2.0), ("hf-generate", 6.0)))])
     base = {"state": "measured", "why": "", "versions": {"torch": "2"}, "reason": "by itself", "tokens": "ours"}

@@ -26,8 +26,8 @@ PACKAGE = ROOT / "hybridlab"
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events", "children", "handover"),
-    ("engines",),
+     "tuning", "events", "children", "handover", "echo"),
+    ("engines", "paperconfig", "published"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),
@@ -47,11 +47,13 @@ LEVELS = (
     ("runtime",),
     ("measure", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables", "crossing", "peers", "peerwords"),
-    ("capturing", "hfpeers", "enginepeers"),
+     "tracetables", "crossing", "peers", "peerwords", "judging", "firstcalls"),
+    ("capturing", "hfpeers", "enginepeers", "ledger", "papertables"),
     ("experiment", "notebooks", "finished"),
-    ("kernellab", "tracelab", "systemlab", "peerlab", "jobs", "outcomes"),
+    ("kernellab", "tracelab", "systemlab", "peerlab", "jobs", "outcomes", "papertimes", "paperviews"),
     ("cachelab", "kernelbench", "systembench", "profiling", "peerbench", "cluster", "listing"),
+    ("papercosts",),
+    ("paperlab",),
     ("committed", "cachebench", "sweeping"),
     ("reproduce", "widgets"),
     ("cli",),
@@ -359,6 +361,6 @@ def test_wheel_carries_the_embedded_data() -> None:
     """Prevents an installed package without the model, prompts and tiles that every command starts from."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["sources"] == {"data": "hybridlab/data"}
-    for folder in ("/data/models/tiny", "/data/prompts", "/data/tuning"):
+    for folder in ("/data/models/tiny", "/data/prompts", "/data/tuning", "/data/paper"):
         assert folder in wheel["include"]
         assert any((ROOT / folder.strip("/")).iterdir()), folder

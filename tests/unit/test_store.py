@@ -26,8 +26,8 @@ REPORT = {"cpu": "Test CPU", "gpu": [{"name": "Test Board", "driver": "580.1"}],
 def row(arm: str, round_: int, ms: float, **more: Any) -> dict[str, Any]:
     return {"round": round_, "request": 0, "arm": arm, "policy": "whole", "prompt_tokens": 10, "bucket": None,
             "index": 0, "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0,
-            "compiles": 0, "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0,
-            "profiled": False} | more
+            "compiles": 0, "process": 0, "device_ms": None, "client_ms": None, "ended_ns": 1,
+            "happened": "", "happened_ms": 0.0, "profiled": False} | more
 
 
 class Recorder:

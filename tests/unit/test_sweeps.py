@@ -24,8 +24,8 @@ MACHINE = {"cpu": "Test CPU", "gpu": [], "python": "3.12", "hybridlab": "1", "co
 def row(ms: float) -> dict[str, Any]:
     return {"round": 0, "request": 0, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None,
             "index": 0, "position": 10, "metric": "ttft", "ms": ms, "path": "eager", "reason": "", "captures": 0,
-            "compiles": 0, "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0,
-            "profiled": False}
+            "compiles": 0, "process": 0, "device_ms": None, "client_ms": None, "ended_ns": 1,
+            "happened": "", "happened_ms": 0.0, "profiled": False}
 
 
 def notebook(folder: Path, *cells: str) -> Path:

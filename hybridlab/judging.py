@@ -1,0 +1,290 @@
+"""What decides a claim: small functions from recorded rows to a number with its interval, and whether the rule holds.
+
+Rules stand in data/paper/claims.toml; settings of a claim are the keyword arguments here. Samples of one part, arms
+interleaved, are compared; a claim whose rows are not there, or too few, raises StatisticsError. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hybridlab import published, stats
+from hybridlab.config import PAPER_LENGTHS
+from hybridlab.errors import StatisticsError
+from hybridlab.stats import Estimate
+
+KEYS = ["round", "tokens", "index"]  # what two arms of one part share
+TIMED = ("ttft", "gap")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The rows of one recorded run, what it ran on, and the rows of other engines on the same machine and model."""
+
+    rows: pd.DataFrame
+    run_id: str
+    on_cpu: bool
+    model: str
+    gpu: str
+    peers: pd.DataFrame | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether the rule holds, our number in words with its interval, and what it stands against."""
+
+    holds: bool
+    here: str
+    against: str = ""
+
+
+Judge = Callable[..., Finding]
+
+
+def reduction(evidence: Evidence, *, part: str, arm: str, base: str, statistic: str, cell: Sequence[Any],
+              against: Sequence[Any] | None = None, tokens: int | None = None) -> Finding:
+    """How much smaller `statistic` is than that of `base`; holds where it reaches the published reduction."""
+    found = _flipped(_change(evidence, part, arm, base, statistic, tokens))
+    size = published.value(cell)
+    return _reached(found, size if against is None else 1 - size / published.value(against))
+
+
+def increase(evidence: Evidence, *, part: str, arm: str, base: str, statistic: str, cell: Sequence[Any]) -> Finding:
+    """How much larger `statistic` is than that of `base`; holds where it reaches the published increase."""
+    return _reached(_change(evidence, part, arm, base, statistic), published.value(cell))
+
+
+def growth(evidence: Evidence, *, part: str, arm: str, statistic: str, before: int, after: int,
+           cell: Sequence[Any] | None = None, against: Sequence[Any] | None = None) -> Finding:
+    """How much larger `statistic` of one arm is at a length `after` than at `before`. Gaps of a longer generation
+    include those of a shorter one; the interval takes them for independent, which makes it wider."""
+    late, early = (_at(evidence, part, arm, tokens)["value"] for tokens in (after, before))
+    size = published.value(cell) / published.value(against) - 1 if cell and against else 0.0
+    return _reached(stats.change(late, early, statistic), size)
+
+
+def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Sequence[Any] | None = None,
+         first: int | None = None) -> Finding:
+    """How much smaller `statistic` of hybrid is than that of another engine; of first tokens at the length where most.
+    """
+    theirs = _peer(evidence, system, "ttft" if part == "ttft" else "itl", first)
+    ours = _own(evidence, part, "hybrid")
+    ours = ours[ours["index"] < first] if first is not None else ours
+    if part == "ttft":
+        shared = sorted(set(ours["tokens"]) & set(theirs["prompt_tokens"]))
+        _require(shared, f"no prompt length that {system} was measured at")
+        pairs = [(ours.loc[ours["tokens"] == n, "value"], theirs.loc[theirs["prompt_tokens"] == n, "ms"])
+                 for n in shared]
+        found = max((_flipped(stats.change(own, other, statistic)) for own, other in pairs), key=lambda one: one.value)
+    else:
+        found = _flipped(stats.change(ours["value"], theirs["ms"], statistic))
+    return _reached(found, published.value(cell) if cell else 0.0)
+
+
+def lowest(evidence: Evidence, *, part: str, arm: str) -> Finding:
+    """Whether no other arm has a p99 below this one's with disjoint intervals, at any length with enough gaps."""
+    lines = by_length(evidence.rows, part, "p99")
+    _require(lines, "fewer gaps than a p99 needs")
+    own = {tokens: found for name, tokens, found in lines if name == arm}
+    _require(own, f"no p99 of {arm}")
+    lost = sorted({tokens for name, tokens, found in lines if tokens in own and not name.startswith(arm)
+                   and found.high < own[tokens].low})
+    others = sorted({name for name, _, _ in lines if not name.startswith(arm)})
+    return Finding(not lost, f"lowest at {len(own) - len(lost)} of {len(own)} lengths", f"among {', '.join(others)}")
+
+
+def undisturbed(evidence: Evidence, *, arm: str, most: float) -> Finding:
+    """Whether gaps are at most so much longer while a graph is captured behind them."""
+    found = _disturbance(evidence, arm)
+    return Finding(found.high < most, percent(found), f"at most {most:.0%}")
+
+
+def disturbed(evidence: Evidence, *, arm: str) -> Finding:
+    """Whether gaps are longer while a graph is captured behind them."""
+    found = _disturbance(evidence, arm)
+    return Finding(found.low > 0, percent(found), "more than 0 %")
+
+
+def replayed(evidence: Evidence, *, part: str, arm: str, metric: str, longest: int) -> Finding:
+    """Whether every such row of up to `longest` tokens was replayed."""
+    own = _own(evidence, part, arm, metric)
+    own = own[own["tokens"] <= longest]
+    _require(len(own), f"no length up to {longest}")
+    hits = int(((own["path"] == "graph") & (own["captures"] == 0)).sum())
+    return Finding(hits == len(own), f"{hits} of {len(own)} replayed", "all")
+
+
+def missed(evidence: Evidence, *, part: str, arm: str, metric: str, positions: int) -> Finding:
+    """Whether some such row found no graph, or had one captured for it, over at least so many positions."""
+    own = _own(evidence, part, arm, metric)
+    misses = int(((own["path"] != "graph") | (own["captures"] > 0)).sum())
+    found = own["position"].nunique()
+    _require(found >= positions, f"{found} positions, and {positions} are needed")
+    return Finding(misses > 0, f"{misses} of {len(own):,} missed, {found} positions", "some")
+
+
+def cold(evidence: Evidence, *, arm: str, first: int, second: int, least: float) -> Finding:
+    """Whether the first length takes `least` times as long as the second over first calls, and not when warm."""
+    means = [_at(evidence, "protocol", arm, tokens, "first")["value"].mean() for tokens in (first, second)]
+    one, other = (_at(evidence, "ttft", arm, tokens)["value"] for tokens in (first, second))
+    warm = stats.change(one, other, "median")
+    low, high = 1 + warm.low, 1 + warm.high
+    return Finding(means[0] / means[1] > least > high,
+                   f"cold {means[0] / means[1]:.2f}×, warm {1 + warm.value:.2f}× [{low:.2f}, {high:.2f}]",
+                   f"{least:g}× between them")
+
+
+def below(evidence: Evidence, *, arm: str, tokens: int, calls: int) -> Finding:
+    """Whether the P99 of repeated calls, as published without an interval, is below the mean of the first ones."""
+    repeated = _at(evidence, "protocol", arm, tokens, "repeated")["value"]
+    _require(len(repeated) >= calls, f"{len(repeated)} repeated calls, and {calls} are needed")
+    tail = float(np.quantile(repeated, 0.99))
+    mean = float(_at(evidence, "protocol", arm, tokens, "first")["value"].mean())
+    return Finding(tail < mean, f"P99 is {tail / mean:.2f}× the mean", "below 1×")
+
+
+def captured_inside(evidence: Evidence, *, arm: str, base: str, warm: str) -> Finding:
+    """Whether first calls that capture are slower than `base` on average at most lengths, and warm ones are not."""
+    means = {name: _own(evidence, "protocol", name, "first").groupby("tokens")["value"].mean() for name in (arm, base)}
+    medians = {name: _own(evidence, "ttft", name).groupby("tokens")["value"].median() for name in (warm, base)}
+    lengths = sorted(set(means[base].index) & set(medians[base].index))[1:]
+    _require(lengths, "a single prompt length")
+    slower = sum(means[arm][n] > means[base][n] for n in lengths)
+    still = sum(medians[warm][n] > medians[base][n] for n in lengths)
+    half = len(lengths) / 2
+    return Finding(bool(slower > half >= still), f"slower at {slower} of {len(lengths)} lengths, warm at {still}",
+                   "most, few")
+
+
+def retained(evidence: Evidence, *, arm: str, model: str, longest: int, share: float, cell: Sequence[Any]) -> Finding:
+    """Weights, and one graph of each length to `longest`, on a straight line through those measured, in GiB."""
+    _require(evidence.model == model, f"{evidence.model} was measured, which is not {model}")
+    graphs = _own(evidence, "cost", arm, "capture").groupby("tokens")["bytes"].median().astype(float)
+    _require(len(graphs) > 1, "a single length whose graph was weighed")
+    held = _own(evidence, "memory", "hybrid", "weights")["value"].iloc[0] / 1024
+    slope, start = np.polyfit(graphs.index.to_numpy(float), graphs.to_numpy(), 1)
+    total = held + (longest * start + slope * longest * (longest + 1) / 2) / 2**30
+    least = share * published.value(cell)
+    return Finding(bool(total >= least), f"{total:.1f} GiB, extrapolated", f"at least {least:.1f} GiB")
+
+
+def absolute(evidence: Evidence, *, part: str, arm: str, tokens: int, gpu: str, model: str, within: float,
+             cell: Sequence[Any]) -> Finding:
+    """Whether a median is near the published one: only with the same GPU and model are milliseconds compared."""
+    _require(gpu in evidence.gpu and evidence.model == model,
+             f"{evidence.model} on {evidence.gpu or 'a CPU'} is not the paper's model on an {gpu}")
+    found = stats.quantile(_at(evidence, part, arm, tokens)["value"], 0.5)
+    size = published.value(cell)
+    return Finding(abs(found.value / size - 1) <= within, f"{found.value:.2f} ms [{found.low:.2f}, {found.high:.2f}]",
+                   f"{size:g} ms ± {within:.0%}")
+
+
+def within(evidence: Evidence, *, part: str, arm: str, metric: str, least: Sequence[Any],
+           most: Sequence[Any]) -> Finding:
+    """Whether the interval of a median meets a published range."""
+    found, low, high = stats.quantile(_own(evidence, part, arm, metric)["value"], 0.5), *map(
+        published.value, (least, most))
+    return Finding(found.low <= high and found.high >= low,
+                   f"{found.value:.3g} ms [{found.low:.3g}, {found.high:.3g}], n = {found.n}",
+                   f"{low:g} to {high:g} ms")
+
+
+def unmeasured(evidence: Evidence, *, why: str) -> Finding:
+    """A claim that no run of this kind measures."""
+    raise StatisticsError(why)
+
+
+JUDGES: dict[str, Judge] = {judge.__name__: judge for judge in (
+    reduction, increase, growth, peer, lowest, undisturbed, disturbed, replayed, missed, cold, below, captured_inside,
+    retained, absolute, within, unmeasured)}
+
+
+def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
+    """Arm, tokens and the median or p99 of each cell of a part that has enough values: of first tokens by prompt
+    length; of gaps by generation length, asked for or the paper's, those of its first tokens, whichever request of at
+    least that length they are of."""
+    own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
+    gaps = bool((own["metric"] == "gap").any())
+    q, found = {"median": 0.5, "p99": 0.99}[statistic], []
+    for arm in own["arm"].drop_duplicates():
+        mine = own[own["arm"] == arm]
+        for tokens in generations(mine) if gaps else sorted(set(mine["tokens"])):
+            cell = mine[(mine["tokens"] >= tokens) & (mine["index"] < tokens)] if gaps else mine[
+                mine["tokens"] == tokens]
+            if len(cell) >= stats.needed(q):
+                found.append((str(arm), int(tokens), stats.quantile(cell["value"], q)))
+    return found
+
+
+def generations(gaps: pd.DataFrame) -> list[int]:
+    """The lengths that the gaps can speak of: those asked for, and of the paper's those not beyond the longest."""
+    asked = {int(tokens) for tokens in gaps["tokens"]}
+    return sorted(asked | {tokens for tokens in PAPER_LENGTHS if tokens <= max(asked)})
+
+
+def percent(found: Estimate) -> str:
+    return f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}], n = {found.n:,}"
+
+
+def _reached(found: Estimate, size: float) -> Finding:
+    """An effect is there where its interval excludes none, and reproduced where it also reaches the published size."""
+    return Finding(found.low > 0 and found.high >= size, percent(found), f"{size:.1%}" if size else "more than 0 %")
+
+
+def _flipped(found: Estimate) -> Estimate:
+    return Estimate(-found.value, -found.high, -found.low, found.n)
+
+
+def _change(evidence: Evidence, part: str, arm: str, base: str, statistic: str, tokens: int | None = None) -> Estimate:
+    own, other = (_own(evidence, part, name) if tokens is None else _at(evidence, part, name, tokens)
+                  for name in (arm, base))
+    keys = ["round", "request"] if part == "capture" else KEYS
+    both = own.merge(other, on=keys, suffixes=("", "_base"))
+    if len(both) == len(own) == len(other):  # value by value: what both met, a long prompt, say, is no difference
+        return stats.change(both["value"], both["value_base"], statistic, paired=True)
+    return stats.change(own["value"], other["value"], statistic)
+
+
+def _disturbance(evidence: Evidence, arm: str) -> Estimate:
+    own = _own(evidence, "overlap", arm)
+    return stats.change(own.loc[own["state"] == "capturing", "value"], _own(evidence, "overlap", "quiet")["value"],
+                        "median")
+
+
+def _own(evidence: Evidence, part: str, arm: str, metric: str | None = None) -> pd.DataFrame:
+    stats.one_run(evidence.rows)
+    rows = evidence.rows
+    own = rows[(rows["part"] == part) & (rows["arm"] == arm)
+               & (rows["metric"].isin(TIMED) if metric is None else rows["metric"] == metric)]
+    _require(len(own), f"no rows of {arm} in part {part} of this run")
+    return own
+
+
+def _at(evidence: Evidence, part: str, arm: str, tokens: int, metric: str | None = None) -> pd.DataFrame:
+    """The rows at one prompt length; of gaps those of the first `tokens` tokens, of requests that were so long."""
+    own = _own(evidence, part, arm, metric)
+    gaps = bool((own["metric"] == "gap").any())
+    own = own[(own["tokens"] >= tokens) & (own["index"] < tokens)] if gaps else own[own["tokens"] == tokens]
+    _require(len(own), f"{tokens} tokens are not in part {part} of this run")
+    return own
+
+
+def _peer(evidence: Evidence, system: str, metric: str, first: int | None) -> pd.DataFrame:
+    _require(evidence.peers is not None, "no other engine was measured on this machine with this model")
+    assert evidence.peers is not None
+    named = evidence.peers["system"].str.lower().str.replace("-", "").str.contains(system, regex=False)
+    own = evidence.peers[named & (evidence.peers["metric"] == metric)]
+    own = own[own["index"] < first] if first is not None else own
+    _require(len(own), f"{system} is not among the engines that were measured: "
+             f"{', '.join(sorted(set(evidence.peers['system'])))}")
+    return own
+
+
+def _require(there: Any, why: str) -> None:
+    if not there:
+        raise StatisticsError(f"not measured: {why}")

@@ -1,0 +1,119 @@
+"""One config about the paper in, one recorded run out; a recorded run → tables, ledger, reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables, records
+from hybridlab.config import as_dict, build
+from hybridlab.errors import ConfigError
+from hybridlab.paperconfig import PaperConfig
+from hybridlab.papertimes import Arms, Row
+from hybridlab.progress import reporter
+from hybridlab.report import Grid
+
+LEDGER = "ledger"
+
+
+class PaperResult(experiment.Shown):
+    """The recorded run of a reproduction of the paper; the columns of its rows are `schemas.PAPER`."""
+
+    kind = "paper"
+
+    @property
+    def config(self) -> PaperConfig:
+        assert isinstance(self.recorded.config, PaperConfig)
+        return self.recorded.config
+
+    def _sizes(self) -> list[str]:
+        return [f"{int((self.rows['metric'] != 'clipped').sum()):,} values"]
+
+    def ledger(self, peers: Path | str | None = None) -> list[ledger.Entry]:
+        """Every claim with its verdict, judged now, from rows. `peers`: a recorded run of other engines; None takes the
+        latest beside this run that is of the same model, if there is one."""
+        return ledger.judge(judging.Evidence(
+            rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
+            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""),
+            peers=ledger.peers_of(self.path, self.config.model) if peers is None else ledger.read_peers(Path(peers))))
+
+    def grid(self, name: str) -> Grid:
+        """A table of `papertables.GRIDS`, or the ledger."""
+        if name == LEDGER:
+            return ledger.grid(self.ledger(), self.caption)
+        return papertables.GRIDS[name](self.rows, self.caption)
+
+    def grids(self) -> Iterator[Grid]:
+        """Every table that the run has rows for, the ledger last."""
+        there = set(self.rows["part"])
+        for name, parts in papertables.NEEDS.items():
+            if there & set(parts):
+                yield self.grid(name)
+        yield self.grid(LEDGER)
+
+    def reading(self) -> str:
+        """The result in words; every number is computed from the rows."""
+        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
+        if self.on_cpu:
+            words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
+                         "launches on a GPU are not judged by them.")
+        return "\n".join(filter(None, words))
+
+
+def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = None,
+        progress: bool = True) -> PaperResult:
+    """Measures the parts of the config over one loaded model, one after the other, and records the run.
+
+    Raises: ConfigError, ModelError or PromptError for bad input, before anything is written; what goes wrong later,
+    Ctrl-C included, leaves a run that is marked failed with the rows of the finished rounds, and is re-raised.
+    """
+    config = checked(config)
+    with reporter(progress) as report:
+        report(f"loading {config.model}", 0, 1)
+        model = models.load(config.model, device=config.device, dtype=config.dtype)
+        arms = Arms(model, config, report)
+        with experiment.threads(config.threads, on_cpu=model.device.type == "cpu"):
+            target = records.Run.create(config, Path(root) if root is not None else None)
+            try:
+                target.append(arms.clipped)
+                for rows in _parts(arms):
+                    target.append(rows)
+                target.finish("complete")
+                report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
+            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
+                experiment.fail(target, error)
+                raise
+    return PaperResult.open(target.path)
+
+
+def checked(config: PaperConfig | Mapping[str, Any]) -> PaperConfig:
+    """A config whose shortest request fits its model. Raises: ConfigError, ModelError or PromptError."""
+    config = build(PaperConfig, as_dict(config) if isinstance(config, PaperConfig) else config)
+    for name in ("parts", "lengths", "generations", "cost_lengths"):
+        values = getattr(config, name)
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
+    names.require_fit(config, names.context(config.model))
+    return config
+
+
+def _parts(arms: Arms) -> Iterator[list[Row]]:
+    """The rows of every part, those first that share the warmed-up arms; the others then have the memory to themselves.
+    """
+    wanted = set(arms.config.parts)
+    if wanted & set(TIMES):
+        with arms:
+            for name, times in TIMES.items():
+                if name in wanted:
+                    yield from times(arms)
+    for name, costs in COSTS.items():
+        if name in wanted:
+            yield from costs(arms)
+
+
+TIMES: dict[str, Callable[[Arms], Iterator[list[Row]]]] = {
+    "ttft": Arms.ttft, "cached": Arms.cached, "recomputed": Arms.recomputed}
+COSTS: dict[str, Callable[[Arms], Iterator[list[Row]]]] = {
+    "capture": papercosts.capture, "overlap": papercosts.overlap, "memory": papercosts.weights,
+    "cost": papercosts.cost, "protocol": papercosts.protocol, "ipc": papercosts.ipc}
