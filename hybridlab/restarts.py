@@ -68,9 +68,9 @@ def parts(config: RunConfig) -> list[RunConfig]:
     return [msgspec.structs.replace(config, repeats=number, **share) for number in rounds]
 
 
-def asked(source: TextIO, decode: Callable[[str], Any]) -> dict[str, Any]:
+def asked(source: TextIO, decode: Callable[[str], Any]) -> Any:
     """What the first line of `source` asks this process for; the process ends when `source` does, with its parent."""
-    found: dict[str, Any] = decode(source.readline())
+    found = decode(source.readline())
 
     def follow() -> None:
         source.read()
@@ -85,16 +85,16 @@ def _one(part: RunConfig, process: int, root: Path, progress: Callable[[int], No
     wanted = json.dumps({"config": as_dict(part), "root": str(root), "process": process})
     environment = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
     with (root / "said").open("w+", encoding="utf-8", errors="replace") as said:
-        with _child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as child:
-            assert child.stdin is not None
-            child.stdin.write(wanted.encode() + b"\n")
-            child.stdin.flush()
-            while _going(child):
+        with child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as started:
+            assert started.stdin is not None
+            started.stdin.write(wanted.encode() + b"\n")
+            started.stdin.flush()
+            while _going(started):
                 progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
         said.seek(0)
         lines = [line.strip() for line in said if line.strip()]
     (root / "said").unlink()
-    return f"exit code {child.returncode}: " + " | ".join(lines[-LAST:])
+    return f"exit code {started.returncode}: " + " | ".join(lines[-LAST:])
 
 
 def _going(child: subprocess.Popen[bytes]) -> bool:
@@ -106,15 +106,16 @@ def _going(child: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def _child(command: list[str], said: TextIO, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def child(command: list[str], said: TextIO, environment: dict[str, str],
+          stdout: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, none of which is left behind."""
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment,
-                             start_new_session=True)
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=said, env=environment,
+                               start_new_session=True)
     try:
-        yield child
+        yield started
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        for pipe in filter(None, (started.stdin, started.stdout)):
+            pipe.close()

@@ -52,8 +52,8 @@ def test_the_parts_add_up_to_the_whole():
 def test_a_process_that_fails_is_named_with_its_words(tmp_path, monkeypatch):
     """A run of fewer processes than asked for must not pass as complete, and its cause must not be lost."""
     broken = "import sys; sys.stdin.readline(); sys.exit('no room on device')"
-    child = restarts._child
-    monkeypatch.setattr(restarts, "_child", lambda command, *rest: child([sys.executable, "-c", broken], *rest))
+    child = restarts.child
+    monkeypatch.setattr(restarts, "child", lambda command, *rest: child([sys.executable, "-c", broken], *rest))
     with pytest.raises(RunError, match=r"process 1 of 2 failed .* no room on device"):
         run(CONFIG, root=tmp_path, progress=False)
     (path,) = tmp_path.glob("*/*")
@@ -76,7 +76,7 @@ def test_a_process_ends_with_its_parent():
 def test_nothing_is_left_when_the_parent_gives_up():
     """Ctrl-C in the parent must end the process that measures."""
     with Path(os.devnull).open("w") as said:
-        going = restarts._child([sys.executable, "-c", "import time; time.sleep(60)"], said, dict(os.environ))
+        going = restarts.child([sys.executable, "-c", "import time; time.sleep(60)"], said, dict(os.environ))
         child = going.__enter__()
         assert psutil.pid_exists(child.pid)
         with pytest.raises(KeyboardInterrupt):
