@@ -155,6 +155,23 @@ class Session:
             [(run_id, "itl" if row.index else "ttft", row.position - row.index, False,
               *(getattr(row, name) for name in Row.__struct_fields__)) for row in found], columns=COLUMNS)
 
+    @staticmethod
+    def nothing() -> pd.DataFrame:
+        """The frame of a run without rows."""
+        return pd.DataFrame(columns=COLUMNS).astype({"ms": float, "index": int, "position": int})
+
+    def floor_table(self) -> pd.DataFrame | None:
+        """The floors as `roofline.floors` has them; None before they are known."""
+        if self.floors is None:
+            return None
+        return pd.DataFrame(self.floors.floors).astype({"position": "Int64"})
+
+    def text(self, row: Row) -> str | None:
+        """What the token adds to the text; None where that is not known."""
+        known = self.texts.get(row.arm)
+        there = known is not None and row.index < len(known.pieces) and known.ids[row.index] == row.id
+        return known.pieces[row.index] if known is not None and there else None
+
     def stop(self) -> None:
         """End the process and all that it started, at once; returns when it is gone. What was said is kept."""
         if not self.over.is_set():

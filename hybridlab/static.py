@@ -195,7 +195,7 @@ def _trace(axes: dict[tuple[str, str], Axes], trace: dict[str, Any], handles: di
     if trace.get("fill") is not None:
         if trace["fill"] != "toself":
             raise FigureError(f"fill {trace['fill']!r} cannot be drawn without a browser", "", "use toself")
-        drawn.fill(x, y, facecolor=trace["fillcolor"], linewidth=0)
+        drawn.fill(x, y, facecolor=trace["fillcolor"], linewidth=0, alpha=style["alpha"])
     (line,) = drawn.plot(x, y, **style)
     for axis in ("x", "y"):
         bars = trace.get(f"error_{axis}")
