@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -52,15 +52,14 @@ class Explorer:
         self.run_button = ipywidgets.Button(description="Run", button_style="primary", icon="play")
         self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.bar = ipywidgets.FloatProgress(min=0, max=1, layout={"width": "220px"})
-        self.percentile = ipywidgets.IntSlider(value=99, min=50, max=99, description="percentile (%)",
+        self.percentile = ipywidgets.IntSlider(value=90, min=50, max=99, description="percentile (%)",
                                                style={"description_width": "8em"})
         self.status, self.detail, self.table = (ipywidgets.HTML() for _ in range(3))
         self.stream = TokenStream()
         self.session: Session | None = None
         self._lock, self._painter = threading.RLock(), None
-        self.figure = go.FigureWidget()
-        self._arms: list[str] = []
-        self._fresh(given["arms"])
+        self._arms = list(given["arms"])
+        self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, self._arms))
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.stream.observe(self._token_chosen, "chosen")
@@ -97,11 +96,11 @@ class Explorer:
         beside = {name: chosen.pop(name) for name in ("prompt", "length", "floor")}
         return {**self._more, **chosen, "arms": [arm for arm, box in self.arms.items() if box.value]}, beside
 
-    def start(self) -> bool:
-        """Begin what the controls say; False, and why in the status, if it makes no sense."""
+    def start(self, held: Sequence[int] = ()) -> bool:
+        """Begin what the controls say; False, and why in the status, if it makes no sense. `held`: as in `Asked`."""
         config, beside = self.settings()
         try:
-            asked = checked(config, **beside, rates=self._rates(config))
+            asked = checked(config, **beside, rates=self._rates(config), held=tuple(held))
         except HybridlabError as error:
             self._say(str(error))
             return False
@@ -118,7 +117,11 @@ class Explorer:
         """End the run; its process is gone when this returns, and its rows are kept."""
         if self.session is not None:
             self.session.stop()
-        if self._painter is not None and self._painter is not threading.current_thread():
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when the run is over and painted."""
+        if self._painter is not None:
             self._painter.join()
 
     def close(self) -> None:
@@ -166,13 +169,11 @@ class Explorer:
             [session.text(row) or f"#{row.id} ", row.path] for row in rows]} for arm, rows in latest.items() if rows]
 
     def _fresh(self, arms: list[str]) -> None:
-        """An empty figure with the traces of these arms."""
+        """An empty page; the figure gets the traces of these arms."""
         self._arms = list(arms)
-        empty = liveviews.figure(Session.nothing(), self.caption if self.session is None else "", self._arms)
         with self.figure.batch_update():
             self.figure.data = ()
-            self.figure.update_layout(empty.layout, overwrite=True)
-            self.figure.add_traces(empty.data)
+            self.figure.add_traces(liveviews.figure(Session.nothing(), "", self._arms).data)
         for trace in self.figure.data:
             if trace.mode == "lines+markers":
                 trace.on_click(self._point_chosen)
@@ -239,7 +240,7 @@ def _boxes(chosen: list[str]) -> dict[str, Any]:
 
 
 def _controls(given: Mapping[str, Any]) -> dict[str, Any]:
-    common: dict[str, Any] = {"style": {"description_width": "8em"}, "layout": {"width": "26em"}}
+    common: dict[str, Any] = {"style": {"description_width": "13em"}, "layout": {"width": "30em"}}
     return {
         "model": ipywidgets.Combobox(value=str(given["model"]), options=KNOWN, description="model", ensure_option=False,
                                      continuous_update=False, **common),

@@ -19,6 +19,7 @@ from hybridlab.session import Row
 
 POINTS = 1000  # of one line
 NONE = "–"
+STYLE = "<style>.hl-table td, .hl-table th { padding: 2px 14px 2px 0; text-align: left; }</style>"
 NOTES = ("lines: {lines}, bands and bars: 95 % intervals, where n allows them",
          "left: gaps of all requests in a row, first tokens left out; click one for its path and reason")
 
@@ -70,7 +71,7 @@ def table(rows: pd.DataFrame, arms: Sequence[str], floors: pd.DataFrame | None, 
             share = limits.share(gaps, floors)
             line["of limit"] = NONE if share is None else f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
         found.append(line)
-    return pd.DataFrame(found).to_html(index=False, escape=True, border=0)
+    return STYLE + pd.DataFrame(found).to_html(index=False, escape=True, border=0, classes="hl-table")
 
 
 def about(row: Row, text: str | None) -> str:
@@ -133,18 +134,16 @@ def _arm(arm: str, own: pd.DataFrame, longest: int, percentile: float) -> list[d
 
 
 def _layout(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None, percentile: float) -> dict[str, Any]:
-    gaps = rows.loc[rows["metric"] == "itl", "ms"]
+    gaps, ends, longest = rows[rows["metric"] == "itl"], [0.1, 10.0], 100
     words = " and ".join(f"p{q:g}" for q in sorted({50.0, percentile}))
     found: dict[str, Any] = {"title.subtitle.text": plots.escape(caption),
                              "annotations[0].text": "<br>".join(NOTES).format(lines=words), "yaxis2.range": [0, 101]}
     if len(gaps):
-        ends = [float(gaps.min()), float(gaps.max())]
-        if floors is not None and (ms := limits.floor(rows[rows["metric"] == "itl"], floors)) is not None:
-            ends = [min(ends[0], ms), max(ends[1], ms)]
-        scale = panels.log(*ends)
-        found |= {f"{axis}.{name}": value for axis in ("yaxis", "xaxis2") for name, value in scale.items()}
-        found["xaxis.range"] = [0, max(2, int(rows[rows["metric"] == "itl"].groupby("arm").size().max()) * 1.02)]
-    return found
+        ms = limits.floor(gaps, floors) if floors is not None else None
+        every = [*gaps["ms"].agg(["min", "max"]), *([ms] if ms is not None else [])]
+        ends, longest = [min(every), max(every)], int(gaps.groupby("arm").size().max())
+    found |= {f"{axis}.{name}": value for axis in ("yaxis", "xaxis2") for name, value in panels.log(*ends).items()}
+    return found | {"xaxis.range": [0, 1.02 * longest]}
 
 
 def _cell(sample: pd.Series, q: float) -> str:

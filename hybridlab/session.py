@@ -25,6 +25,7 @@ from hybridlab.cells import cells
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError
 
+COMMAND = (sys.executable, "-m", "hybridlab.live")
 LAST = 5       # lines of what the process said before it died
 GONE_S = 10.0  # until a killed process must have been reaped
 
@@ -134,7 +135,7 @@ class Session:
             self._stack = ExitStack()
             self._said = self._stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
             self._child = self._stack.enter_context(restarts.child(
-                [sys.executable, "-m", "hybridlab.live"], self._said, _environment(), subprocess.PIPE))
+                [*COMMAND], self._said, _environment(), subprocess.PIPE))
             self._reader = threading.Thread(target=self._read, name="hybridlab-session", daemon=True)
             self._reader.start()
 

@@ -48,7 +48,7 @@ LEVELS = (
     ("capturing",),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab", "live", "explorer"),
-    ("cachelab", "kernelbench", "systembench", "profiling"),
+    ("cachelab", "kernelbench", "systembench", "profiling", "looking"),
     ("committed", "cachebench"),
     ("reproduce", "widgets"),
     ("cli",),
