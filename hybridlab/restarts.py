@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -118,4 +118,5 @@ def child(command: list[str], said: TextIO, environment: dict[str, str],
             os.killpg(started.pid, signal.SIGKILL)
             started.wait()
         for pipe in filter(None, (started.stdin, started.stdout)):
-            pipe.close()
+            with suppress(BrokenPipeError):  # what it was asked last and never read
+                pipe.close()
