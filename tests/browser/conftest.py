@@ -130,10 +130,20 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A fresh page; what its console calls an error fails the test."""
-    opened, errors = browser.new_page(viewport={"width": 1280, "height": 900}), list[str]()
-    opened.on("pageerror", lambda error: errors.append(str(error)))
+def offline(browser: Any) -> Iterator[Any]:
+    """A page without a network; an error in it, or a wish for anything beyond files, fails the test."""
+    context, wrong = browser.new_context(viewport={"width": 1100, "height": 800}, offline=True), list[str]()
+    opened = context.new_page()
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda sent: wrong.append(sent.url) if sent.url.startswith("http") else None)
     yield opened
-    opened.close()
-    assert not errors
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go: $HYBRIDLAB_SHOTS, to look at them, else a folder of the test run."""
+    found = Path(os.environ.get("HYBRIDLAB_SHOTS") or tmp_path_factory.mktemp("shots"))
+    found.mkdir(parents=True, exist_ok=True)
+    return found

@@ -30,7 +30,7 @@ LEVELS = (
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan", "telemetry"),
-    ("experts", "tape", "plots", "policies", "costs", "restarts", "perfetto"),
+    ("experts", "tape", "plots", "policies", "costs", "restarts", "perfetto", "export"),
     ("lowering", "boxes", "times", "panels", "answers", "session"),
     ("tracing", "views", "timeline", "fused", "nearties", "traceviews"),
     ("verify", "pieces", "tiles", "loop"),
