@@ -1,4 +1,7 @@
-"""Controls that run a model live and show each token as it comes. Never imports torch: a process of its own measures."""
+"""Controls that run a model live and show each token as it comes.
+
+Never imports torch: a process of its own measures.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ class TokenStream(anywidget.AnyWidget):
     was clicked last, as [arm, request, index]."""
 
     _esm = Path(__file__).with_name("tokenstream.js")
-    lanes = traitlets.List().tag(sync=True)
-    chosen = traitlets.List().tag(sync=True)
+    lanes: Any = traitlets.List().tag(sync=True)
+    chosen: Any = traitlets.List().tag(sync=True)
     colours = traitlets.Dict({path: looks.COLOURS[path] for path in ("graph", "jit", "eager")}).tag(sync=True)
 
 
@@ -57,7 +60,8 @@ class Explorer:
         self.status, self.detail, self.table = (ipywidgets.HTML() for _ in range(3))
         self.stream = TokenStream()
         self.session: Session | None = None
-        self._lock, self._painter = threading.RLock(), None
+        self._lock = threading.RLock()
+        self._painter: threading.Thread | None = None
         self._arms = list(given["arms"])
         self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, self._arms))
         self.run_button.on_click(lambda _: self.start())
@@ -185,7 +189,8 @@ class Explorer:
 
     def _token_chosen(self, change: Any) -> None:
         wanted = tuple(change["new"])
-        found = [row for row in (self.session.rows if self.session else ()) if (row.arm, row.request, row.index) == wanted]
+        rows = self.session.rows if self.session is not None else []
+        found = [row for row in rows if (row.arm, row.request, row.index) == wanted]
         if found:
             self._about(found[0])
 

@@ -20,7 +20,7 @@ FIGURE = "application/vnd.plotly.v1+json"
 def require() -> None:
     """Raises `NotebookError` where nothing here can write HTML."""
     if find_spec("nbconvert") is None:
-        raise NotebookError("nbconvert is not installed", "it turns notebooks into HTML", "pip install 'hybridlab[lab]'")
+        raise NotebookError("nbconvert is not installed", "it turns notebooks into HTML", "pip install nbconvert")
 
 
 def html(notebook: Path, page: Path) -> Path:
@@ -32,7 +32,7 @@ def html(notebook: Path, page: Path) -> Path:
     try:
         found = nbformat.read(notebook, as_version=4)
     except (OSError, ValueError) as error:
-        raise NotebookError(f"{notebook} cannot be read as a notebook", str(error)[:200], "give an .ipynb file") from None
+        raise NotebookError(f"{notebook} is no notebook", str(error)[:200], "give an .ipynb file") from None
     _embed(found)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", widget_renderer_url="",
                             embed_images=True)

@@ -134,15 +134,15 @@ def _arm(arm: str, own: pd.DataFrame, longest: int, percentile: float) -> list[d
 
 
 def _layout(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None, percentile: float) -> dict[str, Any]:
-    gaps, ends, longest = rows[rows["metric"] == "itl"], [0.1, 10.0], 100
+    gaps, low, high, longest = rows[rows["metric"] == "itl"], 0.1, 10.0, 100
     words = " and ".join(f"p{q:g}" for q in sorted({50.0, percentile}))
     found: dict[str, Any] = {"title.subtitle.text": plots.escape(caption),
                              "annotations[0].text": "<br>".join(NOTES).format(lines=words), "yaxis2.range": [0, 101]}
     if len(gaps):
         ms = limits.floor(gaps, floors) if floors is not None else None
         every = [*gaps["ms"].agg(["min", "max"]), *([ms] if ms is not None else [])]
-        ends, longest = [min(every), max(every)], int(gaps.groupby("arm").size().max())
-    found |= {f"{axis}.{name}": value for axis in ("yaxis", "xaxis2") for name, value in panels.log(*ends).items()}
+        low, high, longest = min(every), max(every), int(gaps.groupby("arm").size().max())
+    found |= {f"{axis}.{name}": value for axis in ("yaxis", "xaxis2") for name, value in panels.log(low, high).items()}
     return found | {"xaxis.range": [0, 1.02 * longest]}
 
 

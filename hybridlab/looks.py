@@ -1,4 +1,4 @@
-"""How an arm, and a policy of it, look in every figure: colour, symbol, line, one entry in the legend; light and dark."""
+"""How an arm, and a policy of it, look in every figure: colour, symbol, line, legend; and figures in the dark."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def themed(figure: go.Figure, theme: str) -> go.Figure:
         if trace["type"] == "bar" and "textfont" in trace:
             trace["textfont"]["color"] = readable(trace["marker"]["color"])
     for menu in plain["layout"].get("updatemenus", ()):
-        menu["font"]["color"] = "#222222"  # Plotly paints the pressed button light, whatever it is told
+        menu["bgcolor"], menu["font"]["color"] = "#D0D0D0", "#222222"  # a pressed button is light in any case
     return go.Figure(plain)
 
 

@@ -157,8 +157,9 @@ def frame(title: str, caption: str, note: str) -> go.Figure:
 
 
 def _page(figure: go.Figure, name: str) -> str:
-    return pio.to_html(figure, include_plotlyjs="directory", include_mathjax=False, full_html=True,
+    page = pio.to_html(figure, include_plotlyjs="directory", include_mathjax=False, full_html=True,
                        div_id=f"figure-{html.escape(name, quote=True)}", config={"displaylogo": False})
+    return page.replace("<body>", f'<body style="background: {figure.layout.paper_bgcolor}">', 1)
 
 
 def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -133,7 +132,8 @@ class Session:
                 Session._current.stop()
             Session._current = self
             self._stack = ExitStack()
-            self._said = self._stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+            said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - the stack closes it
+            self._said = self._stack.enter_context(said)
             self._child = self._stack.enter_context(restarts.child(
                 [*COMMAND], self._said, _environment(), subprocess.PIPE))
             self._reader = threading.Thread(target=self._read, name="hybridlab-session", daemon=True)

@@ -1,4 +1,4 @@
-"""Draws our Plotly figures with matplotlib, so that SVG, PNG and PDF need no browser: one definition of a figure, two views.
+"""Draws our Plotly figures with matplotlib: SVG, PNG and PDF need no browser, and a figure is defined once.
 
 Knows the vocabulary of `plots` and refuses everything else, because a figure drawn wrongly is worse than none.
 """
@@ -25,7 +25,8 @@ from hybridlab.errors import FigureError
 DPI = 100      # one pixel of Plotly is 1/100 inch here
 SCALE = 2      # of the PNG
 POINT = 72 / DPI
-SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans", "path.simplify": False}
+SETTINGS = {"svg.hashsalt": "hybridlab", "svg.fonttype": "path", "pdf.fonttype": 42,
+            "font.family": "DejaVu Sans", "path.simplify": False}
 DASHES: dict[Any, Any] = {None: "-", "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
 SYMBOLS = {None: "o", "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v",
            "x": "X", "cross": "P", "line-ew-open": "_"}

@@ -31,7 +31,7 @@ STARTED_S, READY_S = 60, 120
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip where there is no Chromium: `make test` installs it on Debian as root, and nobody else's machine is touched."""
+    """Skip where there is no Chromium: `make test` installs it on Debian as root, and on no other machine."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     if CHROMIUM is None:
         for item in here:

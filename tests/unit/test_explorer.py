@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -100,10 +100,7 @@ def test_a_point_says_the_same(explorer: Explorer) -> None:
     finished(explorer)
     trace = next(trace for trace in explorer.figure.data if trace.name == "hybrid")
 
-    class Points:
-        point_inds = [17]
-
-    explorer._point_chosen(trace, Points(), None)
+    explorer._point_chosen(trace, SimpleNamespace(point_inds=[17]), None)
     rows = explorer.rows
     gaps = rows[(rows["arm"] == "hybrid") & (rows["metric"] == "itl")].iloc[17]
     assert f"request {gaps['request'] + 1}, token {gaps['index'] + 1}:" in explorer.detail.value
@@ -166,8 +163,9 @@ def test_rates_are_measured_once(explorer: Explorer) -> None:
 
 def test_stop_keeps_what_was_said(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped run whose rows are lost has to be waited for again."""
-    monkeypatch.setattr(session, "COMMAND", (sys.executable, "-c", "import time\nprint('" + (
-        '["row", "eager", 0, 0, 0, 4, 5, 1.5, "eager", ""]') + "', flush=True)\ntime.sleep(60)"))
+    row = '["row", "eager", 0, 0, 0, 4, 5, 1.5, "eager", ""]'
+    program = f"import time\nprint('{row}', flush=True)\ntime.sleep(60)"
+    monkeypatch.setattr(session, "COMMAND", (sys.executable, "-c", program))
     assert explorer.start()
     assert explorer.session is not None
     deadline = threading.Event()

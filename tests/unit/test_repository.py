@@ -276,7 +276,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 UNPINNED = {"numpy"}
 # pip's name -> conda-forge's, where they differ.
 CONDA_NAMES = {"torch": "pytorch-gpu", "huggingface-hub": "huggingface_hub", "matplotlib": "matplotlib-base",
-               "jupyter-client": "jupyter_client"}
+               "jupyter-client": "jupyter_client", "playwright": "playwright-python"}
 # conda-forge's pytorch depends on the one triton it was built with, so naming it could only break that.
 NOT_IN_CONDA = {"triton"}
 CONDA_SPEC = re.compile(r"(?P<name>[a-z0-9_][a-z0-9_.-]*)(?P<range>(?:(?:>=|<=|==|!=|<|>|=)[0-9][0-9a-z.*]*,?)*)")

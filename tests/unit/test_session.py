@@ -22,8 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"model": "tiny", "device": "cpu", "arms": ["eager", "hybrid"], "repeats": 3, "new_tokens": 8}
 ROW = '["row", "eager", 0, 0, {index}, 9, 5, 1.5, "eager", "because"]'
 SAYS = "import sys\nsys.stdin.readline()\n"
-FOREVER = "import subprocess, time\nsubprocess.Popen(['sleep', '60'])\nprint('[\"progress\", \"on\", 0, 1]', flush=True)\n" \
-          "time.sleep(60)\n"
+FOREVER = """
+import subprocess, time
+subprocess.Popen(["sleep", "60"])
+print('["progress", "on", 0, 1]', flush=True)
+time.sleep(60)
+"""
 
 
 def until(true: Callable[[], Any], seconds: float = 20) -> None:
