@@ -12,6 +12,7 @@ import nbformat
 import plotly.io as pio
 
 from hybridlab.errors import NotebookError
+from hybridlab.parameters import opened
 from hybridlab.records import atomic_write
 
 FIGURE = "application/vnd.plotly.v1+json"
@@ -29,10 +30,7 @@ def html(notebook: Path, page: Path) -> Path:
     require()
     from nbconvert import HTMLExporter
 
-    try:
-        found = nbformat.read(notebook, as_version=4)
-    except (OSError, ValueError) as error:
-        raise NotebookError(f"{notebook} is no notebook", str(error)[:200], "give an .ipynb file") from None
+    found = opened(notebook)
     _embed(found)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", widget_renderer_url="",
                             embed_images=True)
