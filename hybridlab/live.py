@@ -1,4 +1,4 @@
-"""The process that a `Session` starts: serves requests of each arm in turns and says each token as it comes.
+"""Requests of each arm in turns, each token said as it comes: what the process that a `Session` starts does.
 
 Between two tokens it writes one line to a pipe and nothing else: text is made before the first timed request, garbage
 is collected before each one, and who reads the lines is another process.
@@ -7,8 +7,6 @@ is collected before each one, and who reads the lines is another process.
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,14 +14,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
-from hybridlab import environment, experiment, measure, models, names, restarts, roofline
+from hybridlab import environment, experiment, measure, models, names, roofline
 from hybridlab.cells import cells, require_steps
 from hybridlab.config import RunConfig
-from hybridlab.errors import HybridlabError, PromptError, RunError
+from hybridlab.errors import PromptError, RunError
 from hybridlab.runtime import Runtime
-from hybridlab.session import Asked, Done, Failed, Floors, Progress, Row, Said, Texts
+from hybridlab.session import Asked, Done, Floors, Progress, Row, Said, Texts
 
 WARMUP = 5      # rounds before the first timed one
 SETTLE_S = 0.5  # before a round whose rows are held, or might have been: what is looked at meanwhile is painted by then
@@ -148,27 +145,3 @@ def _request(arm: str, runtime: Runtime, ids: list[int], config: RunConfig, numb
 def _stream(runtime: Runtime, ids: list[int], config: RunConfig) -> Any:
     return runtime.stream(ids, max_new_tokens=config.new_tokens, temperature=config.temperature, top_k=config.top_k,
                           top_p=config.top_p, seed=config.seed, stop=[])
-
-
-def _main() -> None:
-    """Says a line of JSON a message on what was stdout, where nothing else can write any more."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
-    encoder = msgspec.json.Encoder()
-
-    def tell(said: Said) -> None:
-        os.write(channel, encoder.encode(said) + b"\n")
-
-    asked = restarts.asked(sys.stdin, msgspec.json.Decoder(Asked).decode)
-    try:
-        with torch.no_grad():
-            serve(asked, tell)
-    except HybridlabError as error:
-        tell(Failed(str(error)))
-    except Exception as error:  # it must reach the page, whatever it is
-        tell(Failed(f"{type(error).__name__}: {error}"))
-        raise
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,6 +1,6 @@
 """A process that measures while this one only looks on: what it is asked, what it says, how it is started and stopped.
 
-The process is `live`. Measuring where a notebook's event loop runs would time the loop with it. Never imports torch.
+The process is `liveprocess`: measuring where a notebook's event loop runs would time the loop with it. Never imports torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hybridlab.cells import cells
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError
 
-COMMAND = (sys.executable, "-m", "hybridlab.live")
+COMMAND = (sys.executable, "-m", "hybridlab.liveprocess")
 LAST = 5       # lines of what the process said before it died
 GONE_S = 10.0  # until a killed process must have been reaped
 

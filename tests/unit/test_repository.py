@@ -48,7 +48,7 @@ LEVELS = (
     ("capturing",),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab", "live", "explorer"),
-    ("cachelab", "kernelbench", "systembench", "profiling", "looking"),
+    ("cachelab", "kernelbench", "systembench", "profiling", "looking", "liveprocess"),
     ("committed", "cachebench"),
     ("reproduce", "widgets"),
     ("cli",),
