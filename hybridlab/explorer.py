@@ -44,11 +44,11 @@ class TokenStream(anywidget.AnyWidget):
 class Explorer:
     """Pick a model, arms and a prompt; press Run; watch tokens, the path of each, and their times as they come.
 
-    `settings` are values of the controls, and fields of `RunConfig` that have none (device, dtype, top_k, ...).
-    Nothing runs until the button is pressed. `rows` are those of the last run.
+    `settings` are values of the controls, and fields of `RunConfig` that have none (device, dtype, top_k, ...);
+    `theme` is of the figure, "light" or "dark". Nothing runs until the button is pressed. `rows` are those of the last run.
     """
 
-    def __init__(self, settings: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(self, settings: Mapping[str, Any] = MappingProxyType({}), theme: str = "light") -> None:
         given = DEFAULTS | dict(settings)
         self._more = {name: value for name, value in given.items() if name not in DEFAULTS}
         self.controls, self.arms = _controls(given), _boxes(given["arms"])
@@ -62,8 +62,8 @@ class Explorer:
         self.session: Session | None = None
         self._lock = threading.RLock()
         self._painter: threading.Thread | None = None
-        self._arms = list(given["arms"])
-        self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, self._arms))
+        self._arms, self._theme = list(given["arms"]), theme
+        self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, self._arms, theme=theme))
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.stream.observe(self._token_chosen, "chosen")
@@ -153,7 +153,7 @@ class Explorer:
             if session is None:
                 return
             rows, floors = session.frame(), session.floor_table()
-            look = (rows, self.caption, self._arms, floors, float(self.percentile.value))
+            look = (rows, self.caption, self._arms, floors, float(self.percentile.value), self._theme)
             liveviews.refresh(self.figure, *look)
             self.table.value = liveviews.table(rows, self._arms, floors, float(self.percentile.value),
                                                ratios=session.over.is_set())
@@ -177,7 +177,7 @@ class Explorer:
         self._arms = list(arms)
         with self.figure.batch_update():
             self.figure.data = ()
-            self.figure.add_traces(liveviews.figure(Session.nothing(), "", self._arms).data)
+            self.figure.add_traces(liveviews.figure(Session.nothing(), "", self._arms, theme=self._theme).data)
         for trace in self.figure.data:
             if trace.mode == "lines+markers":
                 trace.on_click(self._point_chosen)

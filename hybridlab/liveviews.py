@@ -25,7 +25,7 @@ NOTES = ("lines: {lines}, bands and bars: 95 % intervals, where n allows them",
 
 
 def figure(rows: pd.DataFrame, caption: str, arms: Sequence[str], floors: pd.DataFrame | None = None,
-           percentile: float = 99.0) -> go.Figure:
+           percentile: float = 99.0, theme: str = "light") -> go.Figure:
     """Gaps between tokens in the order they came, and their distribution, an arm a colour; the median and a percentile
     of your choice as lines, each with its interval, and the least time that the machine allows.
 
@@ -38,13 +38,13 @@ def figure(rows: pd.DataFrame, caption: str, arms: Sequence[str], floors: pd.Dat
                 y={"title": {"text": "gaps up to this long (%)"}})
     made.add_traces(_traces(rows, arms, floors, percentile))
     made.update_layout(_layout(rows, caption, floors, percentile))
-    return made
+    return looks.themed(made, theme)
 
 
 def refresh(shown: go.Figure, rows: pd.DataFrame, caption: str, arms: Sequence[str],
-            floors: pd.DataFrame | None = None, percentile: float = 99.0) -> None:
-    """New values for a figure of the same arms, in one message to the page."""
-    fresh = _traces(rows, arms, floors, percentile)
+            floors: pd.DataFrame | None = None, percentile: float = 99.0, theme: str = "light") -> None:
+    """New values for a figure of the same arms and theme, in one message to the page."""
+    fresh = looks.themed(go.Figure(_traces(rows, arms, floors, percentile)), theme).data
     with shown.batch_update():
         for trace, new in zip(shown.data, fresh, strict=True):
             trace.update(new)

@@ -1,6 +1,6 @@
 """A process that measures while this one only looks on: what it is asked, what it says, how it is started and stopped.
 
-The process is `liveprocess`: measuring where a notebook's event loop runs would time the loop with it. Never imports torch.
+The process is `liveprocess`: measuring where a notebook's event loop runs would time that too. Never imports torch.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ipywidgets.widgets import widget
 
 from hybridlab import liveviews, looking, session, static
 from hybridlab.errors import MeasureError
-from hybridlab.explorer import UNSAID, Explorer
+from hybridlab.explorer import UNSAID, Explorer, TokenStream
 from hybridlab.session import Session
 
 HOSTILE = "<script>alert(1)</script>$x$"
@@ -117,6 +118,25 @@ def test_texts_from_outside_are_escaped(explorer: Explorer) -> None:
     assert explorer.start() is False
     assert "&lt;script&gt;" in explorer.status.value
     assert "<script>" not in explorer.status.value
+
+
+def test_the_page_sets_text_and_never_markup() -> None:
+    """One innerHTML in the page's script, and a token of a hostile tokenizer runs in it."""
+    script = Path(str(TokenStream._esm)).read_text() if isinstance(TokenStream._esm, Path) else str(TokenStream._esm)
+    assert "textContent" in script
+    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval", "new Function"):
+        assert sink not in script
+
+
+def test_a_dark_explorer_stays_dark(explorer: Explorer) -> None:
+    """New values that bring the colours of the light figure back."""
+    dark = Explorer({"repeats": 2, "new_tokens": 8, "device": "cpu"}, theme="dark")
+    before = [(trace.line.color, trace.marker.color) for trace in dark.figure.data]
+    finished(dark)
+    assert dark.figure.layout.paper_bgcolor == "#141414"
+    assert [(trace.line.color, trace.marker.color) for trace in dark.figure.data] == before
+    assert before != [(trace.line.color, trace.marker.color) for trace in explorer.figure.data]
+    dark.close()
 
 
 def test_the_slider_moves_the_percentile(explorer: Explorer) -> None:
