@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint setup compiler clean
+.PHONY: help reproduce test lab lint setup compiler chromium clean
 
 help: ## this list
 	@echo "hybridlab: make TARGET"
@@ -20,7 +20,7 @@ help: ## this list
 reproduce: compiler $(READY) ## run the four-arm ablation on the embedded model (set-up + at most 9 minutes on 2 cores)
 	@$(BIN)/hybridlab reproduce
 
-test: compiler $(READY) lint ## check style and types, then run every test that this machine can run
+test: compiler $(READY) lint chromium ## check style and types, then run every test that this machine can run
 	@echo "==> tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -42,6 +42,14 @@ compiler:
 	@if [ -z "$(CXX_FOUND)" ]; then \
 		echo "no C++ compiler found · torch.compile builds the CPU's kernels with one, and neither \$$CXX nor g++ nor clang++ is there · install g++ (Debian: apt install g++, macOS: xcode-select --install) or set CXX" >&2; \
 		exit 1; fi
+
+# The browser tests say that they were skipped where there is no Chromium; on Debian root can have one.
+chromium:
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0; \
+	export DEBIAN_FRONTEND=noninteractive; $(STEP); \
+	step "Chromium for the browser tests" sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null' \
+		|| echo "Chromium could not be installed: the browser tests are skipped" >&2
 
 # One line a step, a sign of life every 10 seconds, and pip's own words when it fails.
 define STEP

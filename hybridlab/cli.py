@@ -133,7 +133,7 @@ def _answer(model: str, settings: dict[str, Any], request: str | list[int], samp
 
 
 @app.command(cls=terminal.Pairs, epilog=examples(
-    "hybridlab run notebooks/04_hybrid.ipynb",
+    "hybridlab run notebooks/04_hybrid.ipynb", "hybridlab run notebooks/00_start_here.ipynb --html start.html",
     "hybridlab run notebooks/05_ablation.ipynb -p repeats 20 -p lengths '[10, 50]'",
     "hybridlab run notebooks/05_ablation.ipynb -p model random:tiny-mistral-7b -p temperature 0.8"))
 def run(
@@ -143,6 +143,7 @@ def run(
         metavar="NAME VALUE")] = None,
     runs: Runs = None,
     timeout_s: Annotated[float, option("Longest time for one cell, in seconds.", "--timeout-s", min=1)] = 1800,
+    html: Annotated[Path | None, option("Also write the executed notebook as one page that opens offline.")] = None,
     debug: Debug = False,
 ) -> None:
     """Execute NOTEBOOK in its own kernel and record a run: rows, executed notebook, and a manifest written last.
@@ -152,11 +153,16 @@ def run(
     The directory of a complete run is printed on stdout.
     """
     with errors(debug):
-        from hybridlab import notebooks
+        from hybridlab import export, notebooks
         from hybridlab.parameters import pair
 
         given = dict(pair(text) for text in parameter or ())
-        print(notebooks.run(notebook, given, root=runs, timeout_s=timeout_s).run_path)
+        if html is not None:
+            export.require()
+        ran = notebooks.run(notebook, given, root=runs, timeout_s=timeout_s)
+        if html is not None:
+            export.html(ran.path, html)
+        print(ran.run_path)
 
 
 @app.command(epilog=examples("hybridlab tune random:llama-2-7b", "hybridlab tune tiny --check --gpu nvidia-h200"))

@@ -1,10 +1,13 @@
-"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, and one entry in the legend."""
+"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, legend; and figures in the dark."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import plotly.graph_objects as go
+
+from hybridlab.errors import choose
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73",  # Okabe-Ito and a grey
            "hf-generate": "#8A8A8A", "hf-compile": "#CC79A7", "hf-compile-prefill": "#882255", "vllm": "#D55E00",
@@ -13,6 +16,10 @@ SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "tr
            "hf-generate": "triangle-down", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
            "tensorrt-llm": "hexagon"}
 DASHES = {"piecewise": "dot", "full": "dash", "fused": "dashdot", "steps": "longdash"}  # by last word
+
+THEMES = ("light", "dark")
+PAPER, INK = 0x14, 0xF2  # of the dark theme: the greys that white and black become
+GREY = re.compile(r"#([0-9A-Fa-f]{2})\1\1")
 
 
 def colour(arm: str) -> str:
@@ -52,3 +59,45 @@ def one_entry_an_arm(figure: go.Figure) -> go.Figure:
         note = figure.layout.annotations[0]
         note.update(text=f"{note.text}<br>lines: {', '.join([*lines, 'others solid'])}", y=note.y + 0.02)
     return figure
+
+
+def themed(figure: go.Figure, theme: str) -> go.Figure:
+    """The figure as it is ("light"), or with every grey mirrored ("dark"): paper becomes ink, colours stay, and text in
+    a box takes the ink that reads on it. Raises `ConfigError` for another theme."""
+    if choose("theme", theme, THEMES) == "light":
+        return figure
+    plain = _mirrored(figure.to_dict())
+    for trace in plain["data"]:
+        if trace["type"] == "bar" and "textfont" in trace:
+            trace["textfont"]["color"] = readable(trace["marker"]["color"])
+    for menu in plain["layout"].get("updatemenus", ()):
+        menu["bgcolor"], menu["font"]["color"] = "#D0D0D0", "#222222"  # a pressed button is light in any case
+    return go.Figure(plain)
+
+
+def readable(fill: str) -> str:
+    """Near black or near white, whichever contrasts more with `fill`."""
+    return max(("#111111", "#FFFFFF"), key=lambda ink: contrast(ink, fill))
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance of sRGB)."""
+    low, high = sorted(map(_luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _mirrored(part: Any, name: str = "") -> Any:
+    """Plain data with each grey that is a colour, and not a text, mirrored."""
+    if isinstance(part, dict):
+        return {key: _mirrored(value, key) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_mirrored(value, name) for value in part]
+    if name.endswith("color") and isinstance(part, str) and (grey := GREY.fullmatch(part)):
+        return "#" + 3 * f"{round(INK + (PAPER - INK) * int(grey[1], 16) / 255):02X}"
+    return part

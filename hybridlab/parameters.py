@@ -28,10 +28,10 @@ OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields tha
 IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect
 
 
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """The notebook without anything that an earlier execution left in it."""
+def opened(path: Path) -> nbformat.NotebookNode:
+    """The notebook as it is on disk. Raises `NotebookError` for what is none."""
     try:
-        notebook = nbformat.read(path, as_version=4)
+        return nbformat.read(path, as_version=4)
     except FileNotFoundError:
         known = [other.name for other in path.parent.glob("*.ipynb")]
         raise NotebookError(f"there is no notebook {str(path)!r}", "",
@@ -39,6 +39,11 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     except (OSError, ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
         raise NotebookError(f"{str(path)!r} is no notebook", f"{type(error).__name__}: {error}"[:300],
                             "give a Jupyter notebook (.ipynb, format 4)") from None
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """The notebook without anything that an earlier execution left in it. Raises as `opened`."""
+    notebook = opened(path)
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", ())]
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None

@@ -23,7 +23,7 @@ from hybridlab.engines import ENGINES
 from hybridlab.errors import ConfigError, StatisticsError, choose
 from hybridlab.records import atomic_write
 
-FORMATS = ("html", "svg", "png")
+FORMATS = ("html", "svg", "png", "pdf")
 WIDTH, HEIGHT = 1000, 500   # px
 LONGEST = 160               # characters of a text from outside
 POINTS = 1000               # of one distribution line; more cannot be told apart at this size
@@ -104,11 +104,13 @@ def ablation(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = Non
     return looks.one_entry_an_arm(figure)
 
 
-def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Writes stem.html (interactive, opens offline with plotly.min.js beside it), stem.svg and stem.png.
+def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS, theme: str = "light") -> list[Path]:
+    """Writes stem.html (interactive, opens offline with plotly.min.js beside it), stem.svg, stem.png and stem.pdf.
 
-    No browser is used: SVG and PNG come from the same figure through `static`, and are the same bytes each time.
+    `theme`: "light" or "dark", see `looks.themed`. No browser is used: all but the page come from the same figure
+    through `static`, and are the same bytes each time.
     """
+    figure = looks.themed(figure, theme)
     for name in formats:
         choose("format", name, FORMATS)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS) -> li
             if not library.exists() or library.stat().st_size != len(script):
                 atomic_write(library, script)
         else:
-            atomic_write(path, static.svg(figure) if name == "svg" else static.png(figure))
+            atomic_write(path, getattr(static, name)(figure))
         written.append(path)
     return written
 
@@ -156,8 +158,9 @@ def frame(title: str, caption: str, note: str) -> go.Figure:
 
 
 def _page(figure: go.Figure, name: str) -> str:
-    return pio.to_html(figure, include_plotlyjs="directory", include_mathjax=False, full_html=True,
+    page = pio.to_html(figure, include_plotlyjs="directory", include_mathjax=False, full_html=True,
                        div_id=f"figure-{html.escape(name, quote=True)}", config={"displaylogo": False})
+    return page.replace("<body>", f'<body style="background: {figure.layout.paper_bgcolor}">', 1)
 
 
 def _metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

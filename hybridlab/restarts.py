@@ -130,7 +130,6 @@ def child(command: list[str], said: TextIO, environment: dict[str, str],
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
             started.wait()
-        for pipe in (started.stdin, started.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # what was not read any more
-                    pipe.close()
+        for pipe in filter(None, (started.stdin, started.stdout)):
+            with suppress(BrokenPipeError):  # what it was asked last and never read
+                pipe.close()

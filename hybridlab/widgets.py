@@ -1,4 +1,7 @@
-"""Controls for exploring the graph cache live, in a notebook. Never imports torch: what runs is given by the caller."""
+"""Controls for exploring live, in a notebook: of a model's tokens, and of the graph cache, which the caller runs.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from IPython.display import display
 from hybridlab import timeline
 from hybridlab.config import BEHINDS, CAPTURES
 from hybridlab.errors import HybridlabError
+from hybridlab.explorer import Explorer
 from hybridlab.workload import KINDS
+
+__all__ = ["CacheExplorer", "Explorer"]
 
 LADDERS: dict[str, str | list[int] | None] = {"roofline": None, "exact": "exact",
                                               "16, 64, 256, 1024": [16, 64, 256, 1024]}

@@ -166,7 +166,7 @@ def test_files_are_the_same_bytes_each_time_and_open_offline(tmp_path):
     data = rows()
     first = plots.write(plots.ablation(data, "c"), tmp_path / "a" / "figure")
     second = plots.write(plots.ablation(data, "c"), tmp_path / "b" / "figure")
-    assert [path.name for path in first] == ["figure.html", "figure.svg", "figure.png"]
+    assert [path.name for path in first] == ["figure.html", "figure.svg", "figure.png", "figure.pdf"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
     page = first[0].read_text(encoding="utf-8")

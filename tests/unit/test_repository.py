@@ -31,8 +31,9 @@ LEVELS = (
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),
-    ("outlines", "link", "experts", "tape", "plots", "policies", "costs", "restarts", "perfetto", "store", "sweeps"),
-    ("lowering", "boxes", "times", "panels", "answers", "conversation"),
+    ("outlines", "link", "experts", "tape", "plots", "policies", "costs", "restarts", "perfetto", "store", "sweeps",
+     "export"),
+    ("lowering", "boxes", "times", "panels", "answers", "conversation", "session"),
     ("tracing", "views", "timeline", "fused", "nearties", "traceviews"),
     ("verify", "pieces", "tiles", "loop"),
     ("partitioning", "graphs", "tune"),
@@ -47,11 +48,13 @@ LEVELS = (
     ("runtime",),
     ("measure", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables", "crossing", "peers", "peerwords", "judging", "firstcalls"),
+     "tracetables", "crossing", "peers", "peerwords", "judging", "firstcalls", "liveviews"),
     ("capturing", "hfpeers", "enginepeers", "ledger", "papertables"),
     ("experiment", "notebooks", "finished"),
-    ("kernellab", "tracelab", "systemlab", "peerlab", "jobs", "outcomes", "papertimes", "paperviews"),
-    ("cachelab", "kernelbench", "systembench", "profiling", "peerbench", "cluster", "listing"),
+    ("kernellab", "tracelab", "systemlab", "peerlab", "jobs", "outcomes", "papertimes", "paperviews", "live",
+     "explorer"),
+    ("cachelab", "kernelbench", "systembench", "profiling", "peerbench", "cluster", "listing", "looking",
+     "liveprocess"),
     ("papercosts",),
     ("paperlab",),
     ("committed", "cachebench", "sweeping"),
@@ -281,7 +284,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 UNPINNED = {"numpy"}
 # pip's name -> conda-forge's, where they differ.
 CONDA_NAMES = {"torch": "pytorch-gpu", "huggingface-hub": "huggingface_hub", "matplotlib": "matplotlib-base",
-               "jupyter-client": "jupyter_client", "ray": "ray-core"}
+               "jupyter-client": "jupyter_client", "ray": "ray-core", "playwright": "playwright-python"}
 # conda-forge's pytorch depends on the one triton it was built with, so naming it could only break that.
 NOT_IN_CONDA = {"triton"}
 CONDA_SPEC = re.compile(r"(?P<name>[a-z0-9_][a-z0-9_.-]*)(?P<range>(?:(?:>=|<=|==|!=|<|>|=)[0-9][0-9a-z.*]*,?)*)")
