@@ -44,11 +44,17 @@ def share(rows: pd.DataFrame, floors: pd.DataFrame) -> Estimate | None:
     return stats.quantile(found, 0.5) if len(found) >= stats.needed(0.5) else None
 
 
-def of_length(floors: pd.DataFrame, metric: str, prompt_tokens: int) -> float | None:
-    """The floor of a prompt length in ms, of gaps the mean; None where there is none."""
-    own = _whole(floors, metric)
-    found = own.loc[own["prompt_tokens"] == prompt_tokens, "ms"]
-    return float(found.iloc[0]) if len(found) else None
+def beside(table: pd.DataFrame, rows: pd.DataFrame, floors: pd.DataFrame) -> pd.DataFrame:
+    """A table of `stats.summary` over these rows with columns limit (`floor`, ms), of_limit, of_limit_low and
+    of_limit_high (`share`); None where there is none."""
+    lines = []
+    for line in table.itertuples():
+        own = rows[(rows["arm"] == line.arm) & (rows["metric"] == line.metric)]
+        own = own if line.prompt_tokens == "all" else own[own["prompt_tokens"] == line.prompt_tokens]
+        found = share(own, floors)
+        lines.append([floor(own, floors), *((found.value, found.low, found.high) if found else [None] * 3)])
+    columns = ["limit", "of_limit", "of_limit_low", "of_limit_high"]
+    return table.join(pd.DataFrame(lines, columns=columns, index=table.index, dtype=object))
 
 
 def by_length(figure: go.Figure, floors: pd.DataFrame | None, *others: str) -> None:

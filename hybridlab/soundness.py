@@ -7,7 +7,7 @@ metric and length, so that no length looks like a mode. Never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,19 +168,36 @@ GRIDS: dict[str, Callable[[pd.DataFrame, str], Grid]] = {
 
 def words(rows: pd.DataFrame) -> str:
     """What of this a reader must know before a number is believed; empty where nothing speaks against it."""
-    said = []
-    table = steady(rows)
-    for line in table.to_dict("records") if len(table) else []:
-        name = f"{line['arm']} ({line['metric'].upper()})"
-        if line["drifts"]:
-            said.append(f"{name} drifts by {line['drift']:+.1%} over the run")
-        if line["modes"]:
-            said.append(f"{name} has two modes, {line['slow_share']:.0%} of it {line['slow'] / line['fast']:.2f} times "
-                        "as slow as the rest")
+    table = steady(rows).to_dict("records")
+    name = {id(line): f"{line['arm']} ({line['metric'].upper()}" for line in table}
+    drifting = [f"{name[id(line)]}, {line['drift']:+.1%})" for line in table if line["drifts"]]
+    double = [f"{name[id(line)]}, {_halves(line)})" for line in table if line["modes"]]
+    said = [f"{what} {', '.join(found)}" for what, found in (
+        ("a drift over the run in", drifting), ("two modes in", double)) if found]
     between = processes(rows)
     if len(between):
         worst = between.loc[(between["most"] - between["least"]).idxmax()]
         said.append(f"medians of the {worst['processes']} processes lie between {worst['least'] - 1:+.1%} and "
                     f"{worst['most'] - 1:+.1%} of the whole in the worst case, {worst['arm']} "
                     f"({worst['metric'].upper()})")
+    said += filter(None, [_slow_words(slow(rows))])
     return f"Before believing a number: {'; '.join(said)}." if said else ""
+
+
+def _halves(line: Mapping[str, Any]) -> str:
+    times, slow = line["slow"] / line["fast"], line["slow_share"]
+    return (f"{slow:.0%} of it {times:.3g} times as slow as the rest" if times < 10 else
+            f"{1 - slow:.0%} of it less than a tenth of the rest")
+
+
+def _slow_words(table: pd.DataFrame) -> str:
+    """The kinds that slow values have more often than others, over all arms."""
+    if table.empty:
+        return ""
+    found = []
+    beyond = int(table.drop_duplicates(["arm", "metric"])["count"].sum())
+    for kind, own in table.groupby("kind", sort=False):
+        hits = round(float((own["slow"] * own["count"]).sum()))
+        if kind == tails.UNEXPLAINED or hits > beyond * float(own["others"].mean()):
+            found.append(f"{kind} {hits} (of the rest {own['others'].mean():.1%})")
+    return f"of the {beyond} values beyond the p99 of their arm, {', '.join(found)}" if beyond else ""

@@ -45,7 +45,7 @@ LEVELS = (
     ("worker", "measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
      "tracetables"),
-    ("capturing",),
+    ("capturing", "wording"),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab"),
     ("cachelab", "kernelbench", "systembench", "profiling"),
