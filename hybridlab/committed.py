@@ -99,7 +99,9 @@ def _draw_cache(result: CacheResult, folder: Path) -> Iterator[Path]:
     trace = Path(result.config.trace).stem
     for name, (part, figure) in timeline.FIGURES.items():
         if part in set(result.rows["part"]):
-            yield from plots.write(figure(result.rows, result.caption), folder / f"cache_{trace}_{name}", STILL)
+            floors = {} if name == "costs" else {"floors": result.floors}
+            yield from plots.write(figure(result.rows, result.caption, **floors), folder / f"cache_{trace}_{name}",
+                                   STILL)
 
 
 def _draw_kernels(result: KernelResult, folder: Path) -> Iterator[Path]:

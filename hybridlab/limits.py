@@ -77,19 +77,31 @@ def across(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None) -
         _line(figure, list(figure.layout.xaxis2.range), [ms, ms], {*_positions(floors)["bound"]}, "%{y:.3g} ms", "2")
 
 
-def upright(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float) -> list[float]:
-    """The median floor of the gaps from `low` to `high` in the first panel; where it stands, if anywhere."""
-    ms = None if floors is None else floor(gaps, floors)
+def upright(figure: go.Figure, rows: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float,
+            panel: str = "") -> list[float]:
+    """The median floor of the rows from `low` to `high` in a panel; where it stands, if anywhere."""
+    ms = None if floors is None else floor(rows, floors)
     if floors is None or ms is None:
         return []
-    _line(figure, [ms, ms], [low, high], {*_positions(floors)["bound"]}, "%{x:.3g} ms")
+    bounds = {*floors.loc[floors["metric"].isin(rows["metric"].unique()), "bound"]}
+    _line(figure, [ms, ms], [low, high], bounds, "%{x:.3g} ms", panel)
     return [ms]
 
 
-def _line(figure: go.Figure, x: list[float], y: list[float], bounds: set[str], hover: str, panel: str = "") -> None:
+def by_request(figure: go.Figure, requests: pd.DataFrame, floors: pd.DataFrame | None, window: int, panel: str) -> None:
+    """The floors of first tokens over the requests of a stream, which are in order: medians of the last `window`."""
+    if floors is not None and len(requests):
+        first = requests.assign(metric="ttft")
+        ms = of_rows(first, floors).rolling(window, min_periods=1).median()
+        _line(figure, [int(number) + 1 for number in first["request"]], ms.tolist(), {*_whole(floors, "ttft")["bound"]},
+              "request %{x}: %{y:.3g} ms", panel, listed=True)
+
+
+def _line(figure: go.Figure, x: list[float], y: list[float], bounds: set[str], hover: str, panel: str = "",
+          listed: bool = False) -> None:
     name = f"limit ({' or '.join(word for bound, word in RATES.items() if bound in bounds)} rate)"
     figure.add_scatter(x=x, y=y, mode="lines", line={"color": INK, "width": 2, "dash": "dash"}, name=name,
-                       legendgroup="limit", showlegend=not panel, xaxis=f"x{panel}", yaxis=f"y{panel}",
+                       legendgroup="limit", showlegend=listed or not panel, xaxis=f"x{panel}", yaxis=f"y{panel}",
                        hovertemplate=f"{name}, {hover}<extra></extra>")
     axis = figure.layout[f"yaxis{panel}"]
     if axis.range is not None and axis.type != "log":  # a floor above what was measured is to be seen

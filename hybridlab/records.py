@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybridlab import environment, paths, schemas
+from hybridlab import environment, paths, ranges, schemas
 from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.errors import RunError
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, hashes, verify
@@ -84,10 +84,13 @@ class Run:
         return run
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Stores rows as one atomic Parquet part; `run_id` is filled in. Raises RunError for rows out of schema."""
+        """Stores rows as one atomic Parquet part; `run_id` is filled in, and `profiled` where rows do not say and their
+        kind has it. Raises RunError for rows out of schema."""
         if self.finished:
             raise RunError(f"run {self.id} is finished", "rows were appended after finish", "create a new run")
-        table = _table([{**row, "run_id": self.id} for row in rows], KINDS[self.kind][1])
+        schema = KINDS[self.kind][1]
+        known = {"profiled": ranges.listening()} if "profiled" in schema.names else {}
+        table = _table([{**known, **row, "run_id": self.id} for row in rows], schema)
         if table.num_rows == 0:
             return
         (self.path / PARTS).mkdir(exist_ok=True)

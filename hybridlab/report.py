@@ -137,9 +137,9 @@ def _ratio(cell: dict[str, Any]) -> str:
     return NONE if _absent(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def share(cell: dict[str, Any]) -> str:
-    """The share of the limit in a line of `limits.beside`."""
-    value, low, high = _three(cell, "of_limit", "of_limit_low", "of_limit_high")
+def share(cell: dict[str, Any], prefix: str = "") -> str:
+    """The share of the limit in a line of a table, see `limits.beside`."""
+    value, low, high = _three(cell, *(f"{prefix}of_limit{end}" for end in ("", "_low", "_high")))
     return NONE if _absent(value) else f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from hybridlab import stats, steadiness, tails
 from hybridlab.report import NONE, Grid, interval, number
 
-CELL = ["arm", "metric", "prompt_tokens"]
+CELL = ("arm", "metric", "prompt_tokens")
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -36,14 +36,15 @@ def steady(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, dtype=object)
 
 
-def slow(rows: pd.DataFrame) -> pd.DataFrame:
+def slow(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> pd.DataFrame:
     """One line an arm, metric and kind of what happened: times (samples in which it did), of the `count` samples beyond
     the p99 the share in which it did (slow), and of the rest (others). Kind "unexplained": nothing known happened.
 
     A kind that the rest has as often explains nothing. Empty where n does not allow a p99 or rows hold no record.
+    Values are relative to the median of those that share `alike`.
     """
     lines = []
-    for arm, metric, own in _groups(rows[rows["happened"].notna()]):
+    for arm, metric, own in _groups(rows[rows["happened"].notna()], alike):
         if len(own) < stats.needed(tails.TAIL):
             continue
         beyond = (own["relative"] > stats.quantile(own["relative"], tails.TAIL).value).to_numpy()
@@ -86,7 +87,7 @@ def quantiles(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an arm, metric and prompt length: n, p50, p90, p95, p99 with their intervals (None where n does not
     allow one), and max, in ms."""
     lines = []
-    for (arm, metric, length), own in rows.groupby(CELL, sort=False):
+    for (arm, metric, length), own in rows.groupby(list(CELL), sort=False):
         line: dict[str, Any] = {"arm": arm, "metric": metric, "prompt_tokens": length, "n": len(own)}
         for q in QUANTILES:
             line |= _three(f"p{100 * q:g}", own["ms"], q)
@@ -108,8 +109,8 @@ def by_generation(rows: pd.DataFrame, lengths: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(lines, dtype=object)
 
 
-def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    relative = rows.assign(relative=rows["ms"] / rows.groupby(CELL)["ms"].transform("median"))
+def _groups(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    relative = rows.assign(relative=rows["ms"] / rows.groupby(list(alike))["ms"].transform("median"))
     for (arm, metric), own in relative.groupby(["arm", "metric"], sort=False):
         yield str(arm), str(metric), own
 
@@ -180,7 +181,7 @@ def words(rows: pd.DataFrame) -> str:
         said.append(f"medians of the {worst['processes']} processes lie between {worst['least'] - 1:+.1%} and "
                     f"{worst['most'] - 1:+.1%} of the whole in the worst case, {worst['arm']} "
                     f"({worst['metric'].upper()})")
-    said += filter(None, [_slow_words(slow(rows))])
+    said += filter(None, [slow_words(slow(rows))])
     return f"Before believing a number: {'; '.join(said)}." if said else ""
 
 
@@ -190,8 +191,8 @@ def _halves(line: Mapping[str, Any]) -> str:
             f"{1 - slow:.0%} of it less than a tenth of the rest")
 
 
-def _slow_words(table: pd.DataFrame) -> str:
-    """The kinds that slow values have more often than others, over all arms."""
+def slow_words(table: pd.DataFrame) -> str:
+    """Of a table of `slow` the kinds that slow values have more often than others, over all arms; "" without any."""
     if table.empty:
         return ""
     found = []

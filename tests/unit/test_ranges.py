@@ -94,6 +94,14 @@ def test_without_a_listener_nothing_is_made() -> None:
     assert ranges.span("decode", 7) is ranges.span("capture", detail="x")
 
 
+def test_pytorchs_profiler_is_noticed_although_it_sees_no_range() -> None:
+    """It slows each operation: times taken under it that are not marked become latencies."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+        assert ranges.listening()
+        assert ranges.span("decode", 7) is ranges.span("capture", detail="x")
+    assert not ranges.listening()
+
+
 def test_pytorchs_profiler_sees_them_on_demand() -> None:
     """A trace on a machine without Nsight Systems that shows operations and not whose they are."""
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -44,7 +44,7 @@ LEVELS = (
     ("runtime",),
     ("worker", "measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables"),
+     "tracetables", "cachetables"),
     ("capturing", "wording"),
     ("experiment", "notebooks"),
     ("kernellab", "tracelab", "systemlab"),
