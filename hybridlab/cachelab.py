@@ -81,8 +81,8 @@ class CacheResult(experiment.Shown):
         itl_p50, itl_p99: ms with their intervals; None where n does not allow one. hit_rate: the share of requests
         whose graph was there; a first token that was captured and then replayed is none. after_mean: ms from a last
         token until the runtime is free. captures, evictions, failures, capture_ms: of one pass, building and settling
-        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval. With floors
-        also ttft_limit and itl_limit, ms, and ttft_of_limit and itl_of_limit, the shares reached, see `limits`.
+        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval. With
+        floors also ttft_limit and itl_limit, ms, and ttft_of_limit and itl_of_limit, the shares reached, see `limits`.
         """
         if len(self.rows):
             stats.one_run(self.rows)

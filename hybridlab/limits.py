@@ -24,7 +24,7 @@ def of_rows(rows: pd.DataFrame, floors: pd.DataFrame) -> pd.Series:
     first = _whole(floors, "ttft").set_index("prompt_tokens")["ms"].astype(float)
     found = rows["prompt_tokens"].map(first).astype(float).where(rows["metric"] == "ttft")
     steps = _positions(floors)
-    if steps.empty:
+    if steps.empty or not (rows["metric"] == "itl").any():
         return found
     at = np.interp(rows["position"].to_numpy(float), steps["position"].to_numpy(float), steps["ms"].to_numpy(float),
                    left=math.nan, right=math.nan)
@@ -80,12 +80,17 @@ def across(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None) -
 def upright(figure: go.Figure, rows: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float,
             panel: str = "") -> list[float]:
     """The median floor of the rows from `low` to `high` in a panel; where it stands, if anywhere."""
+    found = stands(rows, floors)
+    if floors is not None and found:
+        bounds = {*floors.loc[floors["metric"].isin(rows["metric"].unique()), "bound"]}
+        _line(figure, found * 2, [low, high], bounds, "%{x:.3g} ms", panel)
+    return found
+
+
+def stands(rows: pd.DataFrame, floors: pd.DataFrame | None) -> list[float]:
+    """The median floor of the rows in ms, if there is one."""
     ms = None if floors is None else floor(rows, floors)
-    if floors is None or ms is None:
-        return []
-    bounds = {*floors.loc[floors["metric"].isin(rows["metric"].unique()), "bound"]}
-    _line(figure, [ms, ms], [low, high], bounds, "%{x:.3g} ms", panel)
-    return [ms]
+    return [] if ms is None else [ms]
 
 
 def by_request(figure: go.Figure, requests: pd.DataFrame, floors: pd.DataFrame | None, window: int, panel: str) -> None:

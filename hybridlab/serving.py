@@ -136,7 +136,8 @@ def _request(runtime: Runtime, ids: list[int], count: int, meter: Meter, watch: 
     """The tokens of one request; a reading of the meter and a stamp after each and at its end; the ms after the last.
     """
     stream = runtime.stream(ids, max_new_tokens=count, stop=[])
-    tokens, readings, ended = list[Token](), list[Any](), list[int]()
+    tokens: list[Token] = []
+    readings, ended = list[Any](), list[int]()
     for token in stream:
         ended.append(watch.sample())
         tokens.append(token)

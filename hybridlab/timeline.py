@@ -105,11 +105,12 @@ def first_tokens(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None =
     figure = panels.frame("Time to first token over the stream, by setting", caption, [
         f"markers: p50, and p99 from {stats.needed(0.99)} values on; bars: 95 % intervals",
         tallies.sizes(table, "first tokens a setting")], 330)
-    least = limits.upright(figure, table.assign(metric="ttft"), floors, *panels.shares(len(table)))
-    times = [*table["ms"], *least]
+    first, most = table.assign(metric="ttft"), int(table.groupby("setting").size().max())
+    times = [*table["ms"], *limits.stands(first, floors)]
     panels.tails(figure, {name: own["ms"] for name, own in table.groupby("setting")}, dict(
         zip(tallies.settings(table), LOOKS * len(table), strict=False)), 1, "time to first token",
-        (min(times), max(times), int(table.groupby("setting").size().max())))
+        (min(times), max(times), most))
+    limits.upright(figure, first, floors, *panels.shares(most))
     return panels.legend(figure)
 
 
@@ -164,14 +165,12 @@ def disturbed(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = No
     quiet = gaps[gaps["setting"] == "quiet"]
     sides = pd.concat([quiet, gaps[under_way]]), gaps[~under_way]
     placed = gaps.assign(position=gaps["prompt_tokens"] + gaps["index"])
-    times = list(gaps["ms"])
-    for panel in ("", "2"):
-        times += limits.upright(figure, placed, floors, *panels.shares(len(gaps)), panel)
-    span = float(min(times)), float(max(times)), int(gaps.groupby("setting").size().max())
+    times, most = [*gaps["ms"], *limits.stands(placed, floors)], int(gaps.groupby("setting").size().max())
     for number, (side, words) in enumerate(zip(sides, ("while a capture is under way", "otherwise"), strict=True), 1):
         panels.axes(figure, number, [[0, 0.46], [0.56, 1]][number - 1], [0, 1])
         panels.tails(figure, {name: cell["ms"] for name, cell in side.groupby("setting")}, names, number,
-               f"gap {words}", span)
+               f"gap {words}", (min(times), max(times), most))
+        limits.upright(figure, placed, floors, *panels.shares(most), panels.no(number))
     return panels.legend(figure)
 
 
