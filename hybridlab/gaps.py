@@ -93,7 +93,20 @@ def by_range(events: pd.DataFrame) -> pd.DataFrame:
     that the rows add up), kernels and device_us (lengths of the device work added) of launches that have such a range
     as their innermost. "outside", without a host_us, is what was launched in none."""
     spans = events[events["kind"] == "range"]
-    names = spans["category"].where(spans["category"] != "", spans["name"])
+    return _by(events, spans, spans["category"].where(spans["category"] != "", spans["name"]))
+
+
+def by_segment(events: pd.DataFrame) -> pd.DataFrame:
+    """`by_range` of a graph in pieces, a row a segment: segment (its number; even and odd ones take turns between what
+    a graph holds and what stays outside), count, host_us, kernels and device_us. Empty where graphs are whole."""
+    spans = events[(events["kind"] == "range") & (events["category"] == "segment")]
+    table = _by(events, spans, spans["payload"])
+    table = table[table["range"] != OUTSIDE].rename(columns={"range": "segment"})
+    return table.astype({"segment": "int64"}).sort_values("segment", ignore_index=True)
+
+
+def _by(events: pd.DataFrame, spans: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
+    """What the ranges of each name hold, innermost."""
     held = tables.holders(events, spans)
     own = _work(events)
     where = held[own.index].map(names).astype(object)

@@ -62,6 +62,19 @@ def test_each_step_is_a_range_with_its_path_inside(domain: Domain, settings: dic
     assert [category for depth, category, *_ in domain.seen if depth == 1] == inside * NEW
 
 
+def test_each_segment_of_a_graph_in_pieces_is_a_range_with_its_number(domain: Domain) -> None:
+    """A replay of which a trace cannot say which piece took the time."""
+    with hl.Runtime("tiny", policy="piecewise", capture="sync", max_len=64, device="cpu") as runtime:
+        runtime.warm_up([len(PROMPT)])
+        domain.seen.clear()
+        runtime.generate(PROMPT, max_new_tokens=2, stop=[])
+        layers = runtime.model.config.num_hidden_layers
+    numbers = [payload for depth, category, _, payload in domain.seen if category == "segment"]
+    assert numbers == list(range(2 * layers + 1)) * 2  # graph, attention, graph, …, in prefill and decode
+    assert {depth for depth, category, *_ in domain.seen if category == "segment"} == {2}
+    assert domain.left == []
+
+
 def test_several_steps_a_launch_are_one_range(domain: Domain) -> None:
     """Positions that stand still while a graph decodes several tokens."""
     with hl.Runtime("tiny", policy="full", steps=4, capture="sync", max_len=64, device="cpu") as runtime:
