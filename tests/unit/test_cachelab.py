@@ -208,7 +208,7 @@ def test_parts_are_recorded_round_by_round(trace: str, monkeypatch: pytest.Monke
             yield [{"part": "cost", "round": number, "setting": "shared", "request": None, "prompt_tokens": 16,
                     "bucket": 16, "index": 0, "metric": "replay", "ms": 1.0, "path": "graph", "reason": "", "hits": 0,
                     "misses": 0, "captures": 1, "evictions": 0, "failures": 0, "capture_ms": 1.0, "graphs": 1,
-                    "graph_bytes": 10, "capturing": False}]
+                    "graph_bytes": 10, "capturing": False, "ended_ns": None, "happened": None, "happened_ms": None}]
 
     monkeypatch.setattr(capturing, "cost", rounds)
     result = cachelab.run(CONFIG | {"trace": trace, "repeats": 1, "cost_lengths": [16]}, progress=False)
