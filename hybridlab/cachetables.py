@@ -40,10 +40,8 @@ def of_setting(own: pd.DataFrame, floors: pd.DataFrame | None) -> dict[str, Any]
     for metric, values in (("ttft", first["ms"]), ("itl", gaps["ms"])):
         for name, q in ((f"{metric}_p50", 0.5), (f"{metric}_p99", 0.99)):
             line |= _three(name, stats.quantile(values, q) if len(values) >= stats.needed(q) else None)
-        if floors is not None:
-            placed = own[own["metric"] == metric].assign(position=own["prompt_tokens"] + own["index"])
-            line |= {f"{metric}_limit": limits.floor(placed, floors),
-                     **_three(f"{metric}_of_limit", limits.share(placed, floors))}
+        placed = own[own["metric"] == metric].assign(position=own["prompt_tokens"] + own["index"])
+        line |= {f"{metric}_{name}": value for name, value in limits.cells(placed, floors).items()}
     line |= {"hit_rate": float(((first["path"] == "graph") & (first["misses"] == 0)).mean()),
              "after_mean": float(own.loc[own["metric"] == "after", "ms"].mean())}
     line |= {name: float(passes[name].sum().mean()) for name in ("captures", "evictions", "failures", "capture_ms")}

@@ -226,7 +226,8 @@ def check(
     """Verify every committed run against its manifest, and every README table against the rows it names.
 
     A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
-    of ablation also ttft, itl, cache, kernels and steps. Exit code 1, with a diff, when anything differs.
+    of ablation also ttft, itl, cache, kernels, steps, trace, system, steadiness, slow, clocks, quantiles and
+    generation. Exit code 1, with a diff, when anything differs.
     """
     with errors(debug):
         from hybridlab import committed, paths

@@ -172,7 +172,7 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         return SystemResult.open(known[run]).grid().markdown()
     result = Result.open(known[run])
     if kind in soundness.GRIDS:
-        return soundness.GRIDS[kind](result.rows, result.caption).markdown()
+        return soundness.GRIDS[kind](result.rows, result.caption, result.floors).markdown()
     return report.GRIDS[kind](result).markdown()
 
 

@@ -44,17 +44,24 @@ def share(rows: pd.DataFrame, floors: pd.DataFrame) -> Estimate | None:
     return stats.quantile(found, 0.5) if len(found) >= stats.needed(0.5) else None
 
 
+def cells(rows: pd.DataFrame, floors: pd.DataFrame | None) -> dict[str, float | None]:
+    """Of these rows limit (`floor`, ms), of_limit, of_limit_low and of_limit_high (`share`), None where there is none;
+    nothing without floors."""
+    if floors is None:
+        return {}
+    found = share(rows, floors)
+    value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
+    return {"limit": floor(rows, floors), "of_limit": value, "of_limit_low": low, "of_limit_high": high}
+
+
 def beside(table: pd.DataFrame, rows: pd.DataFrame, floors: pd.DataFrame) -> pd.DataFrame:
-    """A table of `stats.summary` over these rows with columns limit (`floor`, ms), of_limit, of_limit_low and
-    of_limit_high (`share`); None where there is none."""
+    """A table of `stats.summary` over these rows with the columns of `cells`."""
     lines = []
     for line in table.itertuples():
         own = rows[(rows["arm"] == line.arm) & (rows["metric"] == line.metric)]
         own = own if line.prompt_tokens == "all" else own[own["prompt_tokens"] == line.prompt_tokens]
-        found = share(own, floors)
-        lines.append([floor(own, floors), *((found.value, found.low, found.high) if found else [None] * 3)])
-    columns = ["limit", "of_limit", "of_limit_low", "of_limit_high"]
-    return table.join(pd.DataFrame(lines, columns=columns, index=table.index, dtype=object))
+        lines.append(cells(own, floors))
+    return table.join(pd.DataFrame(lines, index=table.index, dtype=object))
 
 
 def by_length(figure: go.Figure, floors: pd.DataFrame | None, *others: str) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hybridlab import stats, steadiness, tails
-from hybridlab.report import NONE, Grid, interval, number
+from hybridlab import limits, stats, steadiness, tails
+from hybridlab.report import LIMIT, NONE, Grid, interval, number, share
 
 CELL = ("arm", "metric", "prompt_tokens")
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
+GENERATED = (8, 16, 32, 64, 100, 128, 200, 256, 300, 400, 500, 512, 1024)  # new tokens; some are the paper's
 
 
 def steady(rows: pd.DataFrame) -> pd.DataFrame:
@@ -58,16 +59,18 @@ def slow(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["arm", "metric", "kind", "times", "count", "slow", "others"])
 
 
-def clocks(rows: pd.DataFrame) -> pd.DataFrame:
+def clocks(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm and metric: median ms by the server's clock (ms, host to host) and by the device's (device_ms),
-    and of their difference, value by value (beside_ms), each with its 95 % interval. Empty without a device clock."""
+    and of their difference, value by value (beside_ms), each with its 95 % interval; with floors the limit and the
+    share reached by the server's clock, see `limits.cells`. Empty without a device clock."""
     lines = []
     known = rows[rows["device_ms"].notna()]
     for (arm, metric), own in known.groupby(["arm", "metric"], sort=False):
         device = own["device_ms"].astype(float)
         if len(own) >= stats.needed(0.5):
             lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", own["ms"])
-                         | _three("device_ms", device) | _three("beside_ms", own["ms"] - device))
+                         | _three("device_ms", device) | _three("beside_ms", own["ms"] - device)
+                         | limits.cells(own, floors))
     return pd.DataFrame(lines)
 
 
@@ -83,29 +86,31 @@ def processes(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def quantiles(rows: pd.DataFrame) -> pd.DataFrame:
+def quantiles(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm, metric and prompt length: n, p50, p90, p95, p99 with their intervals (None where n does not
-    allow one), and max, in ms."""
+    allow one), and max, in ms; with floors the limit and the share reached, see `limits.cells`."""
     lines = []
     for (arm, metric, length), own in rows.groupby(list(CELL), sort=False):
         line: dict[str, Any] = {"arm": arm, "metric": metric, "prompt_tokens": length, "n": len(own)}
         for q in QUANTILES:
             line |= _three(f"p{100 * q:g}", own["ms"], q)
-        lines.append(line | {"max": float(own["ms"].max())})
+        lines.append(line | {"max": float(own["ms"].max())} | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
-def by_generation(rows: pd.DataFrame, lengths: Sequence[int]) -> pd.DataFrame:
+def by_generation(rows: pd.DataFrame, lengths: Sequence[int] = GENERATED,
+                  floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm and generation length: p50 and p99 in ms of the gaps of the first so many new tokens, with their
-    intervals. A request of n tokens begins as a longer one does, so that one long request serves all shorter lengths;
-    a length beyond what was generated has no line."""
+    intervals; with floors the limit and the share reached, see `limits.cells`. A request of n tokens begins as a
+    longer one does, so that one long request serves all shorter lengths; a length beyond what was generated has no
+    line."""
     gaps = rows[rows["metric"] == "itl"]
     lines = []
     for length in lengths:
         for arm, own in gaps[gaps["index"] < length].groupby("arm", sort=False):
             if int(own["index"].max()) == length - 1:
                 lines.append({"arm": arm, "new_tokens": length, "n": len(own)} | _three("p50", own["ms"])
-                             | _three("p99", own["ms"], 0.99))
+                             | _three("p99", own["ms"], 0.99) | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
@@ -123,14 +128,13 @@ def _three(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]:
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def steady_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def steady_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`steady` as text."""
-    def flag(value: bool | None, words: str) -> str:
-        return NONE if value is None else words if value else "no"
+    def flag(value: bool | None) -> str:
+        return NONE if value is None else "yes" if value else "no"
 
-    lines = [[f"{line['arm']} {line['metric'].upper()}", str(line["n"]), flag(line["drifts"], "yes"),
-              NONE if line["drift"] is None else f"{line['drift']:+.1%}",
-              flag(line["modes"], "yes"),
+    lines = [[_name(line), str(line["n"]), flag(line["drifts"]),
+              NONE if line["drift"] is None else f"{line['drift']:+.1%}", flag(line["modes"]),
               f"{line['fast']:.2f}, {line['slow']:.2f} ({line['slow_share']:.0%})" if line["modes"] else NONE]
              for line in steady(rows).to_dict("records")]
     return Grid(f"Steadiness · {caption}", ["arm", "n", "drifts", "over the run", "two modes", "fast, slow (share)"],
@@ -138,33 +142,61 @@ def steady_grid(rows: pd.DataFrame, caption: str) -> Grid:
                 f"n ≥ {steadiness.MODES_LEAST}. Values relative to the median of their prompt length.")
 
 
-def slow_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def slow_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`slow` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", line["kind"], f"{line['times']:,}", str(line["count"]),
+    lines = [[_name(line), line["kind"], f"{line['times']:,}", str(line["count"]),
               f"{line['slow']:.0%}", f"{line['others']:.1%}"] for line in slow(rows).to_dict("records")]
     return Grid(f"Slow tail · {caption}", ["arm", "what happened", "times", "beyond p99", "in those", "in the rest"],
                 lines, "A kind that the rest has as often explains nothing.")
 
 
-def clocks_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def clocks_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`clocks` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", interval(line, "ms"), interval(line, "device_ms"),
-              interval(line, "beside_ms")] for line in clocks(rows).to_dict("records")]
-    return Grid(f"Clocks · {caption}", ["arm", "server, ms", "device, ms", "difference, ms"], lines,
-                "Medians with 95 % intervals; server: id to id on the host; device: between events on its stream.")
+    lines = [[_name(line), interval(line, "ms"), interval(line, "device_ms"), interval(line, "beside_ms"),
+              *_limit(line)] for line in clocks(rows, floors).to_dict("records")]
+    return Grid(f"Clocks · {caption}", ["arm", "server, ms", "device, ms", "difference, ms", *_limits(floors)], lines,
+                "Medians with 95 % intervals; server: id to id on the host; device: between events on its stream."
+                + _note(floors))
 
 
-def quantiles_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def quantiles_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`quantiles` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", str(line["prompt_tokens"]), str(line["n"]),
-              *(interval(line, f"p{100 * q:g}") if line[f"p{100 * q:g}"] is not None else NONE for q in QUANTILES),
-              number(line["max"])] for line in quantiles(rows).to_dict("records")]
+    lines = [[_name(line), str(line["prompt_tokens"]), str(line["n"]),
+              *(interval(line, f"p{100 * q:g}") for q in QUANTILES), number(line["max"]), *_limit(line)]
+             for line in quantiles(rows, floors).to_dict("records")]
     return Grid(f"Quantiles · {caption}", ["arm", "prompt tokens", "n", "p50, ms", "p90, ms", "p95, ms", "p99, ms",
-                                           "max, ms"], lines, "95 % intervals; none where n does not allow one.")
+                                           "max, ms", *_limits(floors)], lines,
+                f"95 % intervals; none where n does not allow one.{_note(floors)}")
 
 
-GRIDS: dict[str, Callable[[pd.DataFrame, str], Grid]] = {
-    "steadiness": steady_grid, "slow": slow_grid, "clocks": clocks_grid, "quantiles": quantiles_grid}
+def generation_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
+    """`by_generation` as text."""
+    lines = [[line["arm"], str(line["new_tokens"]), str(line["n"]), interval(line, "p50"), interval(line, "p99"),
+              *_limit(line)] for line in by_generation(rows, floors=floors).to_dict("records")]
+    return Grid(f"Gaps by generation length · {caption}", ["arm", "new tokens", "n", "p50, ms", "p99, ms",
+                                                           *_limits(floors)], lines,
+                f"All gaps of the first so many new tokens; 95 % intervals.{_note(floors)}")
+
+
+def _name(line: Mapping[str, Any]) -> str:
+    return f"{line['arm']} {line['metric'].upper()}"
+
+
+def _limit(line: dict[str, Any]) -> list[str]:
+    return [interval(line, "limit"), share(line)] if "limit" in line else []
+
+
+def _limits(floors: pd.DataFrame | None) -> list[str]:
+    return [] if floors is None else ["limit, ms", "of limit"]
+
+
+def _note(floors: pd.DataFrame | None) -> str:
+    return "" if floors is None else f" {LIMIT}."
+
+
+GRIDS: dict[str, Callable[..., Grid]] = {  # of rows, a caption, and floors
+    "steadiness": steady_grid, "slow": slow_grid, "clocks": clocks_grid, "quantiles": quantiles_grid,
+    "generation": generation_grid}
 
 
 def words(rows: pd.DataFrame) -> str:

@@ -92,8 +92,21 @@ def test_quantiles_name_only_what_the_sample_supports():
     assert line["p90_low"] <= line["p90"] <= line["p90_high"]
     assert (line["p95"], line["p99"]) == (None, None)
     assert line["max"] == rows(quiet(60))["ms"].max()
-    for grid in soundness.GRIDS.values():
-        assert all(len(row) == len(made.header) for made in [grid(rows(quiet()), "c")] for row in made.rows)
+
+
+def test_each_table_of_latencies_has_the_limit():
+    """A table without it calls fast what the machine could do ten times as fast."""
+    floors = pd.DataFrame([("itl", 10, 11, 1.5, "memory"), ("itl", 10, 1000, 1.5, "memory")],
+                          columns=["metric", "prompt_tokens", "position", "ms", "bound"]).astype({"position": "Int64"})
+    sample = rows(quiet(), position=11, device_ms=quiet() - 1, index=np.tile([1, 7], 500))
+    for name, grid in soundness.GRIDS.items():
+        for given in (None, floors):
+            made = grid(sample, "c", given)
+            assert made.rows
+            assert all(len(row) == len(made.header) for row in made.rows)
+            limited = given is not None and name in ("clocks", "quantiles", "generation")
+            assert (made.header[-2:] == ["limit, ms", "of limit"]) == limited
+            assert ("1.50" in made.rows[0] and "50% [" in made.rows[0][-1]) == limited
 
 
 def test_rows_under_a_profiler_never_become_a_latency():
