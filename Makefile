@@ -64,7 +64,7 @@ $(READY): pyproject.toml constraints.txt
 		echo "the virtual environment could not be made · $(PYTHON) -m venv .venv · on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(STEP); step "2/4 PyTorch, pinned, before anything that could choose another" $(PIP) torch==$(call pin,torch)
 	@$(STEP); step "3/4 Triton of the same release" $(PIP) triton==$(call pin,triton) || test "$$(uname -s)" != Linux
-	@$(STEP); step "4/4 hybridlab with the lab and test extras" $(PIP) -c constraints.txt -e '.[lab,test]'
+	@$(STEP); step "4/4 hybridlab with the lab, cluster and test extras" $(PIP) -c constraints.txt -e '.[lab,cluster,test]'
 	@touch $@
 	@echo "==> ready: $$($(BIN)/python -c 'import torch; print("torch", torch.__version__, "· GPU" if torch.cuda.is_available() else "· CPU only")')"
 

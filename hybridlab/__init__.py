@@ -14,6 +14,7 @@ _HOME = {
     "load": "models", "partition": "partitioning", "Plan": "plan", "Runtime": "runtime", "Output": "runtime",
     "Token": "runtime", "Policy": "config", "RunConfig": "config", "RuntimeConfig": "config",
     "CacheConfig": "config", "run": "experiment", "Result": "experiment", "HybridlabError": "errors",
+    "runs": "store", "rows": "store", "compare": "store",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -65,6 +65,17 @@ def require_possible(config: RuntimeConfig) -> None:
         raise ConfigError(f"repeat is {config.repeat!r}", "there is nothing to repeat", "give steps as well")
 
 
+def require_distinct(config: RunConfig) -> None:
+    """Raise `ConfigError` for a value that `config` compares with itself, and for more processes than rounds."""
+    for name in ("arms", "lengths", "policy", "kernels", "steps"):
+        values = getattr(config, name)
+        if isinstance(values, tuple) and len(set(values)) != len(values):
+            raise ConfigError(f"{name} holds a value twice", f"{list(values)}", "each is measured once a round")
+    if config.restarts > config.repeats:
+        raise ConfigError(f"restarts is {config.restarts}", f"{config.repeats} rounds are shared by them",
+                          "give at least as many repeats")
+
+
 def require_steps(config: RunConfig, on_cpu: bool) -> None:
     """Raise `ConfigError` if `config` times several steps a launch where no cell makes them, or where their tokens are
     there only when the launch has ended: on a CPU most of the gaps between them would be nothing."""

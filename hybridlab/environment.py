@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ HALF = ("avx512_fp16", "avx512_bf16", "amx_bf16", "bf16", "asimdhp")  # flags of
 NOISE = re.compile(r"\((r|tm)\)|\b(nvidia|intel|amd|cpu|processor|geforce|gpu|with|graphics|[0-9]+-core)\b|@.*")
 
 
-def report() -> dict[str, Any]:
-    """Plain values only (JSON-ready), no host name, no paths. A probe that fails gives None and a line in `failed`."""
-    failed: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    for name, probe in PROBES.items():
+def report(names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Plain values only (JSON-ready), no host name, no paths. A probe that fails gives None and a line in `failed`.
+    `names`: only these of PROBES, cpu and gpu among them; some others import torch, which takes seconds."""
+    failed, found = dict[str, str](), dict[str, Any]()
+    for name in PROBES if names is None else names:
         try:
-            found[name] = probe()
+            found[name] = PROBES[name]()
         except Exception as error:  # the report must print on any machine, whatever a driver or a library does
             found[name] = None
             failed[name] = f"{type(error).__name__}: {error}"[:200]

@@ -57,6 +57,18 @@ class RuntimeClosed(HybridlabError, RuntimeError):
     """The runtime was closed and serves no more requests."""
 
 
+class ProtocolError(HybridlabError, RuntimeError):
+    """A frame between a runtime and its worker is damaged, too large or unknown. Nothing of it was carried out."""
+
+
+class WorkerDied(HybridlabError, RuntimeError):
+    """The process that served a runtime is gone. Every later call of that runtime raises this again."""
+
+
+class WorkerTimeout(HybridlabError, RuntimeError):
+    """The process that served a runtime did not answer in time and was ended. Every later call raises this again."""
+
+
 class NonFinite(HybridlabError, ArithmeticError):
     """Logits hold NaN or infinity, so no token can be drawn from them."""
 
@@ -87,6 +99,10 @@ class RunError(HybridlabError):
 
 class NotebookError(HybridlabError):
     """A notebook or its parameters were refused before a kernel started."""
+
+
+class SweepError(HybridlabError, ValueError):
+    """A sweep was refused before its first job started."""
 
 
 class NotebookFailed(HybridlabError):

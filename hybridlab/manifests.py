@@ -1,14 +1,16 @@
-"""The files of a run directory by their hashes, which its manifest lists."""
+"""The files of a run directory: what each holds as JSON, and their hashes, which its manifest lists."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from hybridlab.errors import RunError
 
 MANIFEST, ROWS, CONFIG, ENVIRONMENT = "manifest.json", "rows.parquet", "config.json", "environment.json"
+UNFINISHED = f"{MANIFEST} was never written: the run is going on or was killed"
 TEMPORARY = ".writing-"  # how the name of a file begins that is not whole yet
 
 
@@ -40,3 +42,14 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     if ROWS not in files or CONFIG not in files or ENVIRONMENT not in files:
         raise RunError(f"{path / MANIFEST} does not list {ROWS}, {CONFIG} and {ENVIRONMENT}", "",
                        "restore this file of the run")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run. Raises: RunError."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read", str(error), "restore this file of the run") from None
+    if not isinstance(loaded, dict):
+        raise RunError(f"{path} holds {type(loaded).__name__}", "an object was expected", "restore this file")
+    return loaded

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import os
-import site
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
+from hybridlab import paths
 from hybridlab.config import as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
 from hybridlab.manifests import MANIFEST
@@ -59,11 +59,13 @@ def check(path: str | Path, parameters: Mapping[str, Any] | None = None) -> Expe
 
 
 def run(path: str | Path, parameters: Mapping[str, Any] | None = None, *, root: str | Path | None = None,
-        timeout_s: float = 1800, progress: bool = True, started: Callable[[Path], None] | None = None) -> Executed:
+        timeout_s: float = 1800, progress: bool = True, started: Callable[[Path], None] | None = None,
+        held: tuple[int, ...] = ()) -> Executed:
     """Execute the notebook with papermill in a fresh run directory and write that run's manifest.
 
-    `timeout_s` bounds one cell. `started` is called with the run directory before the kernel starts. The run is
-    complete only if every code cell was executed, none failed, and the recorded settings hold the parameters.
+    `timeout_s` bounds one cell. `started` is called with the run directory before the kernel starts, which inherits the
+    open files `held`. The run is complete only if every code cell was executed, none failed, and the recorded settings
+    hold the parameters.
 
     Raises: as `check`, before anything is written; `NotebookFailed` after the run was recorded as failed.
     """
@@ -77,7 +79,7 @@ def run(path: str | Path, parameters: Mapping[str, Any] | None = None, *, root: 
     if started is not None:
         started(target.path)
     try:
-        failure = _execute(notebook, path, parameters, target.path, timeout_s, progress)
+        failure = _execute(notebook, path, parameters, target.path, timeout_s, progress, held)
         failure = failure or _disagreement(config, target.path, set(defaults(notebook, path.name)))
     except BaseException as error:  # Ctrl-C above all: the run must not stay without a verdict
         _settle(target, notebook, path, parameters, Failure(f"interrupted by {type(error).__name__}", None))
@@ -91,14 +93,14 @@ def run(path: str | Path, parameters: Mapping[str, Any] | None = None, *, root: 
 
 
 def _execute(notebook: nbformat.NotebookNode, path: Path, parameters: dict[str, Any], run_path: Path,
-             timeout_s: float, progress: bool) -> Failure | None:
+             timeout_s: float, progress: bool, held: tuple[int, ...]) -> Failure | None:
     """Run all cells; on return `notebook` holds what was executed so far. None: every cell ran and none failed."""
     import papermill
 
     partial = run_path / PARTIAL
     reason = None
     try:
-        with _kernel_manager(run_path) as manager:
+        with _kernel_manager(run_path, held) as manager:
             papermill.execute_notebook(
                 nbformat.from_dict(notebook), str(partial).replace("{", "{{").replace("}", "}}"), parameters=parameters,
                 kernel_name="python3", language="python", progress_bar={"desc": path.stem} if progress else False,
@@ -153,18 +155,14 @@ def _own_number(cells: list[nbformat.NotebookNode], number: int) -> int:
 
 
 @contextmanager
-def _kernel_manager(run_path: Path) -> Iterator[type[AsyncKernelManager]]:
+def _kernel_manager(run_path: Path, held: tuple[int, ...]) -> Iterator[type[AsyncKernelManager]]:
     """A kernel of this interpreter, importing this hybridlab, reached over sockets in a private directory."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
     spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
                       language="python", display_name="Python 3")
-    environment = dict(os.environ, HYBRIDLAB_RUN=str(run_path.resolve()), PLOTLY_RENDERER=RENDERER)
-    home = str(Path(__file__).resolve().parent.parent)
-    if home not in site.getsitepackages():  # used from a checkout that is not installed
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-
+    environment = paths.importing() | {RUN_VARIABLE: str(run_path.resolve()), "PLOTLY_RENDERER": RENDERER}
     with tempfile.TemporaryDirectory(prefix="hybridlab-", ignore_cleanup_errors=True) as private:
         class OwnKernel(AsyncKernelManager):
             def __init__(self, **settings: Any) -> None:
@@ -173,7 +171,7 @@ def _kernel_manager(run_path: Path) -> Iterator[type[AsyncKernelManager]]:
                 self._kernel_spec = spec
 
             async def start_kernel(self, **settings: Any) -> None:
-                await super().start_kernel(**settings, env=environment)
+                await super().start_kernel(**settings, env=environment, **({"pass_fds": held} if held else {}))
 
         yield OwnKernel
 

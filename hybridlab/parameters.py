@@ -13,6 +13,7 @@ import msgspec
 import nbformat
 
 from hybridlab.buckets import ladder
+from hybridlab.cells import require_distinct, require_steps
 from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, TraceConfig, build
 from hybridlab.errors import ConfigError, NotebookError, choose, nearest
 from hybridlab.names import context, require_fit
@@ -121,6 +122,9 @@ def settings(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str
     config = build(kind, values)
     assert not isinstance(config, BenchConfig)
     require_fit(config, context(config.model))
+    if isinstance(config, RunConfig):
+        require_distinct(config)
+        require_steps(config, on_cpu=config.device == "cpu")
     if isinstance(config, CacheConfig):
         require_known(config.trace)
         compared(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import site
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -12,6 +13,14 @@ def repository() -> Path | None:
     """The source checkout this package runs from, or None when it was installed as a wheel."""
     root = PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
+
+
+def importing() -> dict[str, str]:
+    """The variables of a process that must import this hybridlab, also from a checkout that is not installed."""
+    home = str(PACKAGE.parent)
+    path = os.environ.get("PYTHONPATH")
+    added = {} if home in site.getsitepackages() else {"PYTHONPATH": os.pathsep.join(filter(None, [home, path]))}
+    return {**os.environ, **added}
 
 
 def data_dir() -> Path:

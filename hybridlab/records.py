@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from hybridlab import environment, paths, ranges, schemas
 from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.errors import RunError
-from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, hashes, verify
+from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, UNFINISHED, hashes, load, verify
 
 Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
@@ -114,7 +114,7 @@ class Run:
                 atomic_write(self.path / FAILURE, _json({"reason": reason}))
             return status
         if (self.path / FAILURE).exists() and status == "complete":
-            status, reason = "failed", str(_load(self.path / FAILURE).get("reason", ""))
+            status, reason = "failed", str(load(self.path / FAILURE).get("reason", ""))
         manifest = {"run_id": self.id, "status": status, "reason": reason, "rows": merged, "started": self._started,
                     "finished": _now(), "files": hashes(self.path), "extra": dict(extra or {})}
         atomic_write(self.path / MANIFEST, _json(manifest))
@@ -129,10 +129,9 @@ def read(path: Path | str) -> Recorded:
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise RunError(f"{path} is no run directory", f"{CONFIG} is missing", "give <root>/<machine>/<run_id>")
-    manifest: dict[str, Any] = {"run_id": path.name, "status": "incomplete",
-                                "reason": f"{MANIFEST} was never written: the run is going on or was killed"}
+    manifest: dict[str, Any] = {"run_id": path.name, "status": "incomplete", "reason": UNFINISHED}
     if (path / MANIFEST).exists():
-        manifest = _load(path / MANIFEST)
+        manifest = load(path / MANIFEST)
         verify(path, manifest)
     table = _rows(path)
     if "rows" in manifest and manifest["rows"] != table.num_rows:
@@ -141,15 +140,15 @@ def read(path: Path | str) -> Recorded:
     frame = table.to_pandas().astype({field.name: NULLABLE[field.type] for field in table.schema
                                       if field.nullable and field.type in NULLABLE})
     found = kind(path)
-    config = {name: value for name, value in _load(path / CONFIG).items() if name != "kind"}
+    config = {name: value for name, value in load(path / CONFIG).items() if name != "kind"}
     return Recorded(path, str(manifest["run_id"]), found, build(KINDS[found][0], config),
-                    _load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame,
+                    load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame,
                     dict(manifest.get("extra") or {}))
 
 
 def kind(path: Path) -> str:
     """What a run directory records, one of KINDS, from its config. Raises: RunError."""
-    found = str(_load(path / CONFIG).get("kind", "ablation"))
+    found = str(load(path / CONFIG).get("kind", "ablation"))
     if found not in KINDS:
         raise RunError(f"{path / CONFIG} says kind {found[:80]!r}", f"known kinds are {', '.join(KINDS)}",
                        "read it with the version of hybridlab that recorded it")
@@ -162,9 +161,9 @@ def keep(path: Path, target: Path) -> None:
     target.mkdir()
     for name in (CONFIG, ROWS):
         shutil.copyfile(path / name, target / name)
-    environment = _load(path / ENVIRONMENT)
+    environment = load(path / ENVIRONMENT)
     atomic_write(target / ENVIRONMENT, _json(environment | {"failed": sorted(environment.get("failed", ()))}))
-    atomic_write(target / MANIFEST, _json(_load(path / MANIFEST) | {"files": hashes(target)}))
+    atomic_write(target / MANIFEST, _json(load(path / MANIFEST) | {"files": hashes(target)}))
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -264,16 +263,6 @@ def _merge(path: Path) -> int:
         atomic_write(path / ROWS, _parquet(table))
     shutil.rmtree(path / PARTS, ignore_errors=True)
     return int(table.num_rows)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read", str(error), "restore this file of the run") from None
-    if not isinstance(loaded, dict):
-        raise RunError(f"{path} holds {type(loaded).__name__}", "an object was expected", "restore this file")
-    return loaded
 
 
 def _json(value: Any) -> str:

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
+import psutil
 
 from hybridlab import records
 from hybridlab.config import RunConfig, as_dict
@@ -68,12 +69,16 @@ def parts(config: RunConfig) -> list[RunConfig]:
     return [msgspec.structs.replace(config, repeats=number, **share) for number in rounds]
 
 
-def asked(source: TextIO, decode: Callable[[str], Any]) -> dict[str, Any]:
-    """What the first line of `source` asks this process for; the process ends when `source` does, with its parent."""
-    found: dict[str, Any] = decode(source.readline())
+def asked(source: TextIO, decode: Callable[[str], Any]) -> Any:
+    """What the first line of `source` asks this process for; the process ends when `source` does, with its parent, and
+    all that it started with it."""
+    found = decode(source.readline())
 
     def follow() -> None:
         source.read()
+        for below in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                below.kill()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -85,19 +90,20 @@ def _one(part: RunConfig, process: int, root: Path, progress: Callable[[int], No
     wanted = json.dumps({"config": as_dict(part), "root": str(root), "process": process})
     environment = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
     with (root / "said").open("w+", encoding="utf-8", errors="replace") as said:
-        with _child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as child:
-            assert child.stdin is not None
-            child.stdin.write(wanted.encode() + b"\n")
-            child.stdin.flush()
-            while _going(child):
+        with child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as started:
+            assert started.stdin is not None
+            started.stdin.write(wanted.encode() + b"\n")
+            started.stdin.flush()
+            while going(started):
                 progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
         said.seek(0)
         lines = [line.strip() for line in said if line.strip()]
     (root / "said").unlink()
-    return f"exit code {child.returncode}: " + " | ".join(lines[-LAST:])
+    return f"exit code {started.returncode}: " + " | ".join(lines[-LAST:])
 
 
-def _going(child: subprocess.Popen[bytes]) -> bool:
+def going(child: subprocess.Popen[bytes]) -> bool:
+    """Whether a process still runs, after a look of at most EVERY_S."""
     try:
         child.wait(EVERY_S)
     except subprocess.TimeoutExpired:
@@ -106,15 +112,16 @@ def _going(child: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def _child(command: list[str], said: TextIO, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, none of which is left behind."""
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment,
-                             start_new_session=True)
+def child(command: list[str], said: TextIO, environment: dict[str, str],
+          stdout: int = subprocess.DEVNULL, held: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, none of which is left behind. It inherits the open files `held`."""
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=said, env=environment,
+                               start_new_session=True, pass_fds=held)
     try:
-        yield child
+        yield started
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        for pipe in filter(None, (started.stdin, started.stdout)):
+            pipe.close()

@@ -18,10 +18,10 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from hybridlab.config import policy_name
-from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PlanError, PromptError
+from hybridlab.errors import ConfigError, HybridlabError, ModelError, NotebookError, PlanError, PromptError, SweepError
 from hybridlab.plan import Plan
 
-REFUSED = (ConfigError, ModelError, PromptError, PlanError, NotebookError)  # raised before work starts
+REFUSED = (ConfigError, ModelError, PromptError, PlanError, NotebookError, SweepError)  # raised before work starts
 WIDE = 132  # columns of a table that goes to a file or a log
 SHOWN = 12  # segments; a piecewise plan has two a layer
 COLOURS = {"graph": "blue", "jit": "dark_orange", "eager": "grey50"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -17,7 +17,7 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Token:
     """One new token: `path` is what ran its forward; `ms` is from the request (first token) or from the moment the
-    consumer asked for it (further tokens) until its id was on the host."""
+    consumer asked for it (further tokens; a worker asks itself at once) until its id was on the host."""
 
     id: int
     text: str | None
@@ -41,3 +41,5 @@ class Output:
     reasons: list[str]
     bucket: int | None
     device_ms: list[float]  # TTFT and ITL by the device's own clock; empty on a CPU and with several steps a launch
+    client_ms: list[float] = field(default_factory=list)  # through a worker, by the client's clock: from the request
+    # leaving until the first id was back, then from one id to the next; empty without a worker

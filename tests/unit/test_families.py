@@ -15,6 +15,7 @@ import hybridlab as hl
 from hybridlab import lowering, tracing
 from hybridlab.errors import LoweringError
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 192, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED = {"num_key_value_heads": 2}
@@ -81,7 +82,7 @@ def build(name: str, settings: dict[str, Any]) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() > 1 and id(parameter) not in embeddings:
             parameter.mul_(8)  # in a model as initialised each token repeats the one before, whatever its layers do
-    return model
+    return model.to(DEVICE)
 
 
 def family_of(name: str, settings: dict[str, Any], lengths: tuple[int, ...] = PROMPTS) -> Family:
@@ -90,7 +91,7 @@ def family_of(name: str, settings: dict[str, Any], lengths: tuple[int, ...] = PR
     prompts = {n: torch.randint(3, BASE["vocab_size"], (n,), generator=generator).tolist() for n in lengths}
     wanted = {}
     for length, prompt in prompts.items():
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
                              eos_token_id=None)
         wanted[length] = out[0, length:].tolist()
@@ -136,7 +137,8 @@ def test_what_is_traced_is_what_runs(family: Family, rows: int) -> None:
                if node.op == "call_function" and "getitem" not in str(node.target)]
     program = lowering.Program(lowering.lower(model, lowering.PLAIN),
                                lowering.StaticKV(model.config, MAX_LEN, model.device, model.dtype),
-                               torch.zeros(BASE["vocab_size"]), lowering.Inputs.of(rows, model.device), MAX_LEN)
+                               torch.zeros(BASE["vocab_size"], device=DEVICE), lowering.Inputs.of(rows, model.device),
+                               MAX_LEN)
     assert list(_ran(program)) == planned
 
 

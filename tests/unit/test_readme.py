@@ -33,6 +33,8 @@ CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab cache chat --compare capture=sync --compare 'capture=async behind=thread' --save-trace chat.csv": (
         ("", "--requests 1 --repeats 1 --new-tokens 1 --model random:tiny-llama-2"),),
     "hybridlab env": (),
+    "hybridlab sweep data/sweeps/ablation.yaml --dry-run": (("data/", f"{ROOT}/data/"),),
+    "hybridlab runs --last 10": (),
     "hybridlab trace --arm eager --arm hybrid": (("--arm hybrid", "--arm graph"), ("", "--tokens 2 --warmup 1")),
     "hybridlab trace random:llama-2-7b --dtype float16 --kernels fused --perfetto one.json.gz": (
         ("random:llama-2-7b --dtype float16", "random:tiny-llama-2"), ("", "--arm graph --tokens 2 --warmup 1")),
@@ -51,6 +53,8 @@ ELSEWHERE: dict[str, str] = {
     "hybridlab run notebooks/09_traces.ipynb -p length 8 -p traced_tokens 4": NOTEBOOK,
     "python -m pytest tests/unit/test_stats.py -q": "a test that runs tests runs them twice",
     "TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py -q": "a test that runs tests runs them twice",
+    "hybridlab sweep data/sweeps/ablation.yaml": "takes an hour: tests/unit/test_sweeps.py",
+    "hybridlab sweep data/sweeps/ablation.yaml --cluster auto": "needs Ray: tests/unit/test_cluster.py",
     "hybridlab check": "recomputes all tables for a minute: test_cli, and a step of its own in CI",
     "hybridlab check --write": "recomputes all tables for a minute: test_cli",
     "hybridlab bench tiny --repeats 20": "compiles for a minute: tests/unit/test_opbench.py",

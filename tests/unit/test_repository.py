@@ -26,11 +26,11 @@ PACKAGE = ROOT / "hybridlab"
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events"),
+     "tuning", "events", "children", "handover"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
-    ("kernels", "records", "models", "request", "parameters", "sampling", "readback", "plan", "telemetry"),
-    ("experts", "tape", "plots", "policies", "costs", "restarts", "perfetto"),
+    ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),
+    ("outlines", "link", "experts", "tape", "plots", "policies", "costs", "restarts", "perfetto", "store", "sweeps"),
     ("lowering", "boxes", "times", "panels", "answers"),
     ("tracing", "views", "timeline", "fused", "nearties", "traceviews"),
     ("verify", "pieces", "tiles", "loop"),
@@ -41,15 +41,17 @@ LEVELS = (
     ("predict",),
     ("executors", "lookup"),
     ("lowered",),
+    ("engine",),
+    ("worker", "client"),
     ("runtime",),
-    ("worker", "measure", "peers", "report", "terminal"),
+    ("measure", "peers", "report", "terminal"),
     ("serving", "disturbing", "kernelanswers", "kernelviews", "soundness", "memory", "overhead", "coldstart",
-     "tracetables", "cachetables"),
+     "tracetables", "cachetables", "crossing"),
     ("capturing", "wording"),
-    ("experiment", "notebooks"),
-    ("kernellab", "tracelab", "systemlab"),
-    ("cachelab", "kernelbench", "systembench", "profiling"),
-    ("committed", "cachebench"),
+    ("experiment", "notebooks", "ledger"),
+    ("kernellab", "tracelab", "systemlab", "jobs", "outcomes"),
+    ("cachelab", "kernelbench", "systembench", "profiling", "cluster", "listing"),
+    ("committed", "cachebench", "sweeping"),
     ("reproduce", "widgets"),
     ("cli",),
     ("__main__", "__init__"),
@@ -276,7 +278,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 UNPINNED = {"numpy"}
 # pip's name -> conda-forge's, where they differ.
 CONDA_NAMES = {"torch": "pytorch-gpu", "huggingface-hub": "huggingface_hub", "matplotlib": "matplotlib-base",
-               "jupyter-client": "jupyter_client"}
+               "jupyter-client": "jupyter_client", "ray": "ray-core"}
 # conda-forge's pytorch depends on the one triton it was built with, so naming it could only break that.
 NOT_IN_CONDA = {"triton"}
 CONDA_SPEC = re.compile(r"(?P<name>[a-z0-9_][a-z0-9_.-]*)(?P<range>(?:(?:>=|<=|==|!=|<|>|=)[0-9][0-9a-z.*]*,?)*)")

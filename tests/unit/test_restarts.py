@@ -52,8 +52,8 @@ def test_the_parts_add_up_to_the_whole():
 def test_a_process_that_fails_is_named_with_its_words(tmp_path, monkeypatch):
     """A run of fewer processes than asked for must not pass as complete, and its cause must not be lost."""
     broken = "import sys; sys.stdin.readline(); sys.exit('no room on device')"
-    child = restarts._child
-    monkeypatch.setattr(restarts, "_child", lambda command, *rest: child([sys.executable, "-c", broken], *rest))
+    child = restarts.child
+    monkeypatch.setattr(restarts, "child", lambda command, *rest: child([sys.executable, "-c", broken], *rest))
     with pytest.raises(RunError, match=r"process 1 of 2 failed .* no room on device"):
         run(CONFIG, root=tmp_path, progress=False)
     (path,) = tmp_path.glob("*/*")
@@ -73,10 +73,26 @@ def test_a_process_ends_with_its_parent():
     child.stdout.close()
 
 
+def test_what_a_process_started_ends_with_its_parent_too():
+    """A kernel that a job has started would go on after both, and hold the GPU."""
+    code = ("import json, subprocess, sys, time; from hybridlab import restarts; restarts.asked(sys.stdin, json.loads);"
+            "below = [sys.executable, '-c', 'import time; time.sleep(60)'];"
+            "print(subprocess.Popen(below, start_new_session=True).pid, flush=True); time.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdin.write(b"{}\n")
+    child.stdin.flush()
+    below = psutil.Process(int(child.stdout.readline()))
+    child.stdin.close()
+    assert child.wait(20) == 1
+    child.stdout.close()
+    psutil.wait_procs([below], timeout=20)
+    assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+
+
 def test_nothing_is_left_when_the_parent_gives_up():
     """Ctrl-C in the parent must end the process that measures."""
     with Path(os.devnull).open("w") as said:
-        going = restarts._child([sys.executable, "-c", "import time; time.sleep(60)"], said, dict(os.environ))
+        going = restarts.child([sys.executable, "-c", "import time; time.sleep(60)"], said, dict(os.environ))
         child = going.__enter__()
         assert psutil.pid_exists(child.pid)
         with pytest.raises(KeyboardInterrupt):
