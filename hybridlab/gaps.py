@@ -79,12 +79,14 @@ def by_token(events: pd.DataFrame) -> pd.DataFrame:
 
 def by_kernel(events: pd.DataFrame) -> pd.DataFrame:
     """A row a name of device work, the longest first: name, count, us (all of them together), share (of the time that
-    the device was busy; they add up to more than 1 where streams overlap)."""
-    own = _work(events)
-    lengths = (own["end_ns"] - own["start_ns"]).groupby(own["name"].to_numpy()).agg(["size", "sum"])
+    the device was busy; they add up to more than 1 where streams overlap). In a trace without a GPU operations are the
+    work, each without those inside it."""
+    own, ops = _work(events), events[events["kind"] == "op"]
+    own, ns = (own, own["end_ns"] - own["start_ns"]) if len(own) else (ops, _alone_ns(ops))
+    lengths = ns.groupby(own["name"].to_numpy()).agg(["size", "sum"])
     table = pd.DataFrame({"name": lengths.index, "count": lengths["size"].to_numpy(),
                           "us": lengths["sum"].to_numpy() / 1e3})
-    table["share"] = table["us"] / (busy(events) / 1e3)
+    table["share"] = table["us"] / (_union_ns(own) / 1e3)
     return table.sort_values(["us", "name"], ascending=[False, True], ignore_index=True)
 
 

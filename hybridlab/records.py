@@ -27,7 +27,7 @@ from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, 
 
 Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
-PARTS, FAILURE = "parts", "failure.json"
+PARTS, FAILURE, NOTES = "parts", "failure.json", "notes.json"
 
 Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
@@ -100,8 +100,9 @@ class Run:
     def finish(self, status: Status, reason: str = "", extra: Mapping[str, Any] | None = None) -> str:
         """Merges the parts into rows.parquet and writes the manifest last. Returns the status that was recorded.
 
-        In a joined run only rows are merged, and a failure is noted for the owner of the directory: the owner's
-        "complete" then becomes "failed". Raises: RunError on a second finish or an unknown status.
+        In a joined run only rows are merged; `extra`, and a failure, are noted for the owner of the directory, whose
+        manifest then holds both: its "complete" becomes "failed". Raises: RunError on a second finish or an unknown
+        status.
         """
         if status not in ("complete", "failed"):
             raise RunError(f"{status!r} is no status of a finished run", "", "use 'complete' or 'failed'")
@@ -110,13 +111,14 @@ class Run:
         merged = _merge(self.path)
         self.finished = True
         if self.joined:
+            atomic_write(self.path / NOTES, _json(dict(extra or {})))
             if status == "failed":
                 atomic_write(self.path / FAILURE, _json({"reason": reason}))
             return status
         if (self.path / FAILURE).exists() and status == "complete":
             status, reason = "failed", str(load(self.path / FAILURE).get("reason", ""))
         manifest = {"run_id": self.id, "status": status, "reason": reason, "rows": merged, "started": self._started,
-                    "finished": _now(), "files": hashes(self.path), "extra": dict(extra or {})}
+                    "finished": _now(), "files": hashes(self.path), "extra": _notes(self.path) | dict(extra or {})}
         atomic_write(self.path / MANIFEST, _json(manifest))
         return status
 
@@ -143,7 +145,12 @@ def read(path: Path | str) -> Recorded:
     config = {name: value for name, value in load(path / CONFIG).items() if name != "kind"}
     return Recorded(path, str(manifest["run_id"]), found, build(KINDS[found][0], config),
                     load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame,
-                    dict(manifest.get("extra") or {}))
+                    dict(manifest.get("extra") or _notes(path)))
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What a joined run noted beside its rows; the manifest holds it once there is one."""
+    return load(path / NOTES) if (path / NOTES).exists() else {}
 
 
 def kind(path: Path) -> str:

@@ -54,7 +54,7 @@ ELSEWHERE: dict[str, str] = {
     "python -m pytest tests/unit/test_stats.py -q": "a test that runs tests runs them twice",
     "TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py -q": "a test that runs tests runs them twice",
     "hybridlab sweep data/sweeps/ablation.yaml": "takes an hour: tests/unit/test_sweeps.py",
-    "hybridlab sweep data/sweeps/ablation.yaml --cluster auto": "needs Ray: tests/unit/test_cluster.py",
+    "hybridlab sweep data/sweeps/ablation.yaml --cluster auto": "needs Ray: tests/notebooks/test_sweep.py",
     "hybridlab check": "recomputes all tables for a minute: test_cli, and a step of its own in CI",
     "hybridlab check --write": "recomputes all tables for a minute: test_cli",
     "hybridlab bench tiny --repeats 20": "compiles for a minute: tests/unit/test_opbench.py",

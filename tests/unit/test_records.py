@@ -229,6 +229,20 @@ def test_the_owner_of_a_batch_has_the_last_word(tmp_path, monkeypatch):
         records.Run.create(inner_config)
 
 
+def test_what_a_joined_run_notes_is_there_at_once_and_in_the_manifest(tmp_path, monkeypatch):
+    """Floors, clocks and counters of a run that a notebook makes: lost, its figures and tables show no limit."""
+    outer = records.Run.create(CONFIG, tmp_path)
+    monkeypatch.setenv(records.RUN_VARIABLE, str(outer.path))
+    inner = records.Run.create(CONFIG)
+    inner.append([row()])
+    inner.finish("complete", extra={"roofline": {"floors": []}, "cell": 7})
+    assert records.read(outer.path).extra == {"roofline": {"floors": []}, "cell": 7}
+    assert outer.finish("complete", extra={"cell": None}) == "complete"
+    assert records.read(outer.path).extra == {"roofline": {"floors": []}, "cell": None}
+    records.keep(outer.path, tmp_path / "copy")
+    assert records.read(tmp_path / "copy").extra["roofline"] == {"floors": []}
+
+
 def test_a_failure_that_the_notebook_swallowed_still_fails_the_run(tmp_path, monkeypatch):
     """An except clause in a cell must not turn a failed measurement into a complete run."""
     outer = records.Run.create(CONFIG, tmp_path)
