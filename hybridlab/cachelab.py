@@ -10,16 +10,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats as scipy_stats
 
-from hybridlab import capturing, experiment, measure, models, names, records, serving, stats, tallies, workload
+from hybridlab import (
+    cachetables,
+    capturing,
+    experiment,
+    measure,
+    models,
+    names,
+    records,
+    roofline,
+    serving,
+    soundness,
+    stats,
+    tallies,
+    telemetry,
+    workload,
+)
 from hybridlab.config import CacheConfig, as_dict, build
 from hybridlab.disturbing import require_ways
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.parameters import compared
 from hybridlab.progress import Report, reporter
-from hybridlab.report import Grid, interval, number
+from hybridlab.report import Grid
 from hybridlab.runtime import Runtime
+from hybridlab.telemetry import Telemetry
 from hybridlab.workload import Asked
 
 Settings = dict[str, dict[str, Any]]
@@ -35,6 +50,11 @@ class CacheResult(experiment.Shown):
     def config(self) -> CacheConfig:
         assert isinstance(self.recorded.config, CacheConfig)
         return self.recorded.config
+
+    @property
+    def floors(self) -> pd.DataFrame | None:
+        """The least time of each first token and gap on this machine, see `roofline.of_run`; None for older runs."""
+        return roofline.floors(self.recorded.extra)
 
     @property
     def settings(self) -> list[str]:
@@ -61,26 +81,24 @@ class CacheResult(experiment.Shown):
         itl_p50, itl_p99: ms with their intervals; None where n does not allow one. hit_rate: the share of requests
         whose graph was there; a first token that was captured and then replayed is none. after_mean: ms from a last
         token until the runtime is free. captures, evictions, failures, capture_ms: of one pass, building and settling
-        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval.
+        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval. With
+        floors also ttft_limit and itl_limit, ms, and ttft_of_limit and itl_of_limit, the shares reached, see `limits`.
         """
+        if len(self.rows):
+            stats.one_run(self.rows)
         groups = {name: self._stream[self._stream["setting"] == name] for name in self.settings}
-        lines = [{"setting": name, "passes": own["round"].nunique()} | _line(own) for name, own in groups.items()]
+        lines = [{"setting": name, "passes": own["round"].nunique()} | cachetables.of_setting(own, self.floors)
+                 for name, own in groups.items()]
         return pd.DataFrame(lines, dtype=object)
 
     def grid(self) -> Grid:
         """The table as text, for a terminal, the README and its check."""
-        header = ["setting", "TTFT mean, ms", "TTFT p50, ms", "TTFT p99, ms", "hit rate", "ITL p50, ms", "after, ms",
-                  "captures", "capturing, ms", "held at most"]
-        rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
-                 f"{100 * line['hit_rate']:.1f} %", interval(line, "itl_p50"), number(line["after_mean"]),
-                 _captures(line), number(line["capture_ms"]),
-                 f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"]
-                for line in self.table().to_dict("records")]
-        return Grid(f"Graph cache · {self.caption}", header, rows,
-                    "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "
-                    "whose graph was there; after: from a last token until the runtime is free; captures and the time "
-                    "of capturing are of one pass; "
-                    f"p99 only where n ≥ {stats.needed(0.99)}.")
+        return cachetables.grid(self.table().to_dict("records"), self.caption)
+
+    def slow(self) -> pd.DataFrame:
+        """What happened in the slowest first tokens and gaps of each setting, and in the rest: see `soundness.slow`."""
+        own = self._stream[self._stream["metric"].isin(["ttft", "itl"])]
+        return soundness.slow(own.assign(arm=own["setting"]), alike=("arm", "metric"))
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
@@ -89,7 +107,10 @@ class CacheResult(experiment.Shown):
         asked = self.requests()
         lengths = len({one.prompt_tokens for one in asked})
         parts = [f"{len(asked)} requests with {lengths} prompt lengths were served from a cold cache in each pass.",
-                 *map(_words, self.table().to_dict("records")), tallies.throughput_words(self.rows)]
+                 *map(cachetables.words, self.table().to_dict("records")), tallies.throughput_words(self.rows)]
+        if slowest := soundness.slow_words(self.slow()):
+            parts.append(f"O{slowest[1:]}.")
+        parts += filter(None, [telemetry.words([self.recorded.extra.get("during", {})])])
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
         return "\n".join(parts + tallies.cut_short(self.rows, {
@@ -160,6 +181,7 @@ class Lab:
         self.requests, self.max_len = _fit(config, self.settings, models.context(model))
         self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in self.requests}), config.seed)
         self.proof = serving.Proof(self.requests, model.dtype == torch.float32)
+        self.telemetry = Telemetry(model.device.index or 0 if model.device.type == "cuda" else None)
         self.started = time.monotonic()
 
     def runtime(self, **changes: Any) -> Runtime:
@@ -168,17 +190,28 @@ class Lab:
 
     def record(self, target: records.Run) -> dict[str, Any]:
         """Appends all rows to the run; returns what its manifest says beside them."""
+        limited = self.limits()
         self.warm_up()
         self.started = time.monotonic()
         passes = 0
-        for rows in self.passes():
-            target.append(rows)
-            passes += 1
+        with self.telemetry:
+            for rows in self.passes():
+                target.append(rows)
+                passes += 1
         for asked, part in ((self.config.cost_lengths, capturing.cost), (self.config.disturb, capturing.disturb)):
             if asked:
                 self._rounds(part, target)
         return {"passes": passes, "measured_s": round(time.monotonic() - self.started, 1),
-                "requests_with_equal_tokens": self.proof.count}
+                "requests_with_equal_tokens": self.proof.count, "roofline": limited, "during": self.telemetry.summary()}
+
+    def limits(self) -> dict[str, Any]:
+        """The machine's rates, and the floors of what is timed, see `roofline.of_run`."""
+        self.report("measuring the machine's limits", 0, 1)
+        model, gaps = self.model, max(asked.new_tokens for asked in self.requests)
+        rates = roofline.measure(model.device, model.dtype, roofline.work(model, context=1).bytes)
+        decoding = {min(capturing.PROMPT, models.context(model) or capturing.PROMPT)} if self.config.disturb else set()
+        return roofline.of_run(model, sorted({*self.prompts, *decoding}), max(gaps, capturing.NEW * bool(decoding)),
+                               rates)
 
     def _rounds(self, part: Callable[..., Iterator[list[Row]]], target: records.Run) -> None:
         """One round is always made, further ones while the budget lasts."""
@@ -210,7 +243,8 @@ class Lab:
             built_ms = (time.perf_counter_ns() - begun) / 1e6
             compiles, rows, answered = runtime.counters.compiles, list[Row](), 0
             for served in serving.serve(runtime, self.requests, self.prompts, setting=name, round_=round_,
-                                        built_ms=built_ms, pause_ms=self.config.pause_ms):
+                                        built_ms=built_ms, pause_ms=self.config.pause_ms,
+                                        telemetry=self.telemetry):
                 rows += served.rows
                 if served.ids:
                     self.proof.require_equal(answered, name, served.ids)
@@ -248,48 +282,3 @@ class Lab:
 def _progress(done: int, total: int, elapsed_s: float, name: str) -> str:
     left = f", {(total - done) * elapsed_s / done:.0f} s left" if done else ""
     return f"pass {done + 1} of {total}: {name}{left}"
-
-
-def _line(own: pd.DataFrame) -> dict[str, Any]:
-    """What `CacheResult.table` says of the stream rows of one setting."""
-    first, gaps, passes = own[own["metric"] == "ttft"], own[own["metric"] == "itl"], own.groupby("round")
-    mean, low, high = _mean(first)
-    line: dict[str, Any] = {"requests": len(first), "ttft_mean": mean, "ttft_mean_low": low, "ttft_mean_high": high}
-    for metric, values in (("ttft", first["ms"]), ("itl", gaps["ms"])):
-        for name, q in ((f"{metric}_p50", 0.5), (f"{metric}_p99", 0.99)):
-            found = stats.quantile(values, q) if len(values) >= stats.needed(q) else None
-            line |= {name: found and found.value, f"{name}_low": found and found.low,
-                     f"{name}_high": found and found.high}
-    line |= {"hit_rate": float(((first["path"] == "graph") & (first["misses"] == 0)).mean()),
-             "after_mean": float(own.loc[own["metric"] == "after", "ms"].mean())}
-    line |= {name: float(passes[name].sum().mean()) for name in ("captures", "evictions", "failures", "capture_ms")}
-    return line | {f"peak_{name}": int(own[name].max()) for name in ("graphs", "graph_bytes")}
-
-
-def _mean(first: pd.DataFrame) -> tuple[float, float | None, float | None]:
-    means, mean = first.groupby("round")["ms"].mean().to_numpy(), float(first["ms"].mean())
-    if len(means) < 3:  # of two, the interval says nothing: twelve times their distance
-        return mean, None, None
-    half = float(scipy_stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
-    return mean, mean - half, mean + half
-
-
-def _words(line: dict[str, Any]) -> str:
-    """One line of the table as a sentence."""
-    first = (f"With {line['setting']} a first token took {interval(line, 'ttft_mean')} ms on average, and for "
-             f"{100 * line['hit_rate']:.1f} % of them the graph was there")
-    words = []
-    if line["captures"]:
-        words.append(f"one pass captured {line['captures']:.3g} graphs in {number(line['capture_ms'])} ms")
-    if line["evictions"]:
-        words.append(f"evicted {line['evictions']:.3g}")
-    if line["failures"]:
-        words.append(f"failed to capture {line['failures']:.3g}")
-    if words:
-        words.append(f"and held {number(line['peak_graph_bytes'] / 2**20)} MiB at most")
-    return f"{first}{'; ' if words else ''}{', '.join(words)}."
-
-
-def _captures(line: dict[str, Any]) -> str:
-    kinds = (("evictions", "evicted"), ("failures", "failed"))
-    return ", ".join([f"{line['captures']:.3g}", *(f"{line[name]:.3g} {word}" for name, word in kinds if line[name])])

@@ -182,5 +182,6 @@ def _prefill(runtime: Runtime, rows: int) -> str:
 
 def _row(part: str, **columns: Any) -> Row:
     """All columns, those not given as of an interval in which nothing happened."""
-    nothing = {**dict.fromkeys(HAPPENED, 0), "capture_ms": 0.0, "graphs": 0, "graph_bytes": 0, "capturing": False}
+    nothing = {**dict.fromkeys(HAPPENED, 0), "capture_ms": 0.0, "graphs": 0, "graph_bytes": 0, "capturing": False,
+               **dict.fromkeys(("ended_ns", "happened", "happened_ms"))}
     return {"part": part, "request": None, "bucket": None, "index": 0, "path": "", "reason": "", **nothing, **columns}

@@ -119,7 +119,9 @@ def _draw_cache(result: CacheResult, folder: Path) -> Iterator[Path]:
     trace = Path(result.config.trace).stem
     for name, (part, figure) in timeline.FIGURES.items():
         if part in set(result.rows["part"]):
-            yield from plots.write(figure(result.rows, result.caption), folder / f"cache_{trace}_{name}", STILL)
+            floors = {} if name == "costs" else {"floors": result.floors}
+            yield from plots.write(figure(result.rows, result.caption, **floors), folder / f"cache_{trace}_{name}",
+                                   STILL)
 
 
 def _draw_kernels(result: KernelResult, folder: Path) -> Iterator[Path]:
@@ -200,7 +202,7 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         return PeersResult.open(known[run]).grid().markdown()
     if kind in soundness.GRIDS:
         result = (PeersResult if records.kind(known[run]) == PeersResult.kind else Result).open(known[run])
-        return soundness.GRIDS[kind](result.rows, result.caption).markdown()
+        return soundness.GRIDS[kind](result.rows, result.caption, result.floors).markdown()
     return report.GRIDS[kind](Result.open(known[run])).markdown()
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 
-from hybridlab import environment, measure, models, names, outlines, records, restarts, roofline, stats
+from hybridlab import environment, limits, measure, models, names, outlines, records, restarts, roofline, stats, wording
 from hybridlab.cells import cells, require_distinct, require_steps
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import RunError
@@ -111,25 +111,14 @@ class Result(Shown):
         return roofline.floors(self.recorded.extra)
 
     def table(self) -> pd.DataFrame:
-        """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`); None where n does not allow one."""
-        return stats.summary(self.rows, arms=list(cells(self.config)))
+        """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`), with floors the limit and the share of
+        it reached too (see `limits.beside`); None where n does not allow one."""
+        table = stats.summary(self.rows, arms=list(cells(self.config)))
+        return table if self.floors is None else limits.beside(table, self.rows, self.floors)
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        if self.rows.empty:
-            return f"Run {self.run_id} holds no rows: {self.recorded.reason or self.status}."
-        table = self.table()
-        pooled = table[table["prompt_tokens"] == "all"]
-        parts = [_metric_words(pooled[pooled["metric"] == metric], title) for metric, title in
-                 (("itl", "between two tokens"), ("ttft", "to the first token, all prompt lengths pooled,"))]
-        parts += [_path_words(self.rows, list(cells(self.config)))]
-        if pooled["p99"].isna().any():
-            parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
-        parts.append(self.busy())
-        if self.on_cpu:
-            parts.append("These are CPU timings: a graph is a tape of the recorded calls here, so the ratios show what "
-                         "leaving Python out of the loop saves on this machine; they are not GPU ratios.")
-        return " ".join(part for part in parts if part)
+        return wording.reading(self)
 
 
 def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None, progress: bool = True,
@@ -261,30 +250,6 @@ def threads(count: int, on_cpu: bool) -> Iterator[None]:
     finally:
         if on_cpu:
             torch.set_num_threads(before)
-
-
-def _metric_words(cells: pd.DataFrame, title: str) -> str:
-    cells = cells[cells["p50"].notna()]
-    if cells.empty:
-        return ""
-    times = ", ".join(f"{_number(cell.p50, cell.p50_low, cell.p50_high, ' ms')} for {cell.arm}"
-                      for cell in cells.itertuples())
-    faster = [f"{cell.arm} is {_number(cell.ratio_to_eager, cell.ratio_low, cell.ratio_high, '')} times as fast"
-              for cell in cells.itertuples() if cell.arm != "eager" and cell.ratio_to_eager is not None]
-    compared = f" Against eager, {', '.join(faster)}." if faster else ""
-    return f"The median time {title} was {times} (95 % interval in brackets).{compared}"
-
-
-def _number(value: float, low: float, high: float, unit: str) -> str:
-    return f"{value:.3g}{unit} [{low:.3g}, {high:.3g}]"
-
-
-def _path_words(rows: pd.DataFrame, arms: list[str]) -> str:
-    words = []
-    for arm in arms:
-        shares = rows.loc[rows["arm"] == arm, "path"].value_counts(normalize=True)
-        words.append(f"{arm} ran " + " and ".join(f"{100 * share:.4g} % {path}" for path, share in shares.items()))
-    return f"Paths of the timed tokens: {'; '.join(words)}."
 
 
 def _remaining(done: int, elapsed_s: float, config: RunConfig) -> str:

@@ -79,12 +79,14 @@ def by_token(events: pd.DataFrame) -> pd.DataFrame:
 
 def by_kernel(events: pd.DataFrame) -> pd.DataFrame:
     """A row a name of device work, the longest first: name, count, us (all of them together), share (of the time that
-    the device was busy; they add up to more than 1 where streams overlap)."""
-    own = _work(events)
-    lengths = (own["end_ns"] - own["start_ns"]).groupby(own["name"].to_numpy()).agg(["size", "sum"])
+    the device was busy; they add up to more than 1 where streams overlap). In a trace without a GPU operations are the
+    work, each without those inside it."""
+    own, ops = _work(events), events[events["kind"] == "op"]
+    own, ns = (own, own["end_ns"] - own["start_ns"]) if len(own) else (ops, _alone_ns(ops))
+    lengths = ns.groupby(own["name"].to_numpy()).agg(["size", "sum"])
     table = pd.DataFrame({"name": lengths.index, "count": lengths["size"].to_numpy(),
                           "us": lengths["sum"].to_numpy() / 1e3})
-    table["share"] = table["us"] / (busy(events) / 1e3)
+    table["share"] = table["us"] / (_union_ns(own) / 1e3)
     return table.sort_values(["us", "name"], ascending=[False, True], ignore_index=True)
 
 
@@ -93,7 +95,20 @@ def by_range(events: pd.DataFrame) -> pd.DataFrame:
     that the rows add up), kernels and device_us (lengths of the device work added) of launches that have such a range
     as their innermost. "outside", without a host_us, is what was launched in none."""
     spans = events[events["kind"] == "range"]
-    names = spans["category"].where(spans["category"] != "", spans["name"])
+    return _by(events, spans, spans["category"].where(spans["category"] != "", spans["name"]))
+
+
+def by_segment(events: pd.DataFrame) -> pd.DataFrame:
+    """`by_range` of a graph in pieces, a row a segment: segment (its number; even and odd ones take turns between what
+    a graph holds and what stays outside), count, host_us, kernels and device_us. Empty where graphs are whole."""
+    spans = events[(events["kind"] == "range") & (events["category"] == "segment")]
+    table = _by(events, spans, spans["payload"])
+    table = table[table["range"] != OUTSIDE].rename(columns={"range": "segment"})
+    return table.astype({"segment": "int64"}).sort_values("segment", ignore_index=True)
+
+
+def _by(events: pd.DataFrame, spans: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
+    """What the ranges of each name hold, innermost."""
     held = tables.holders(events, spans)
     own = _work(events)
     where = held[own.index].map(names).astype(object)

@@ -24,7 +24,7 @@ def of_rows(rows: pd.DataFrame, floors: pd.DataFrame) -> pd.Series:
     first = _whole(floors, "ttft").set_index("prompt_tokens")["ms"].astype(float)
     found = rows["prompt_tokens"].map(first).astype(float).where(rows["metric"] == "ttft")
     steps = _positions(floors)
-    if steps.empty:
+    if steps.empty or not (rows["metric"] == "itl").any():
         return found
     at = np.interp(rows["position"].to_numpy(float), steps["position"].to_numpy(float), steps["ms"].to_numpy(float),
                    left=math.nan, right=math.nan)
@@ -44,11 +44,24 @@ def share(rows: pd.DataFrame, floors: pd.DataFrame) -> Estimate | None:
     return stats.quantile(found, 0.5) if len(found) >= stats.needed(0.5) else None
 
 
-def of_length(floors: pd.DataFrame, metric: str, prompt_tokens: int) -> float | None:
-    """The floor of a prompt length in ms, of gaps the mean; None where there is none."""
-    own = _whole(floors, metric)
-    found = own.loc[own["prompt_tokens"] == prompt_tokens, "ms"]
-    return float(found.iloc[0]) if len(found) else None
+def cells(rows: pd.DataFrame, floors: pd.DataFrame | None) -> dict[str, float | None]:
+    """Of these rows limit (`floor`, ms), of_limit, of_limit_low and of_limit_high (`share`), None where there is none;
+    nothing without floors."""
+    if floors is None:
+        return {}
+    found = share(rows, floors)
+    value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
+    return {"limit": floor(rows, floors), "of_limit": value, "of_limit_low": low, "of_limit_high": high}
+
+
+def beside(table: pd.DataFrame, rows: pd.DataFrame, floors: pd.DataFrame) -> pd.DataFrame:
+    """A table of `stats.summary` over these rows with the columns of `cells`."""
+    lines = []
+    for line in table.itertuples():
+        own = rows[(rows["arm"] == line.arm) & (rows["metric"] == line.metric)]
+        own = own if line.prompt_tokens == "all" else own[own["prompt_tokens"] == line.prompt_tokens]
+        lines.append(cells(own, floors))
+    return table.join(pd.DataFrame(lines, index=table.index, dtype=object))
 
 
 def by_length(figure: go.Figure, floors: pd.DataFrame | None, *others: str) -> None:
@@ -71,19 +84,36 @@ def across(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None) -
         _line(figure, list(figure.layout.xaxis2.range), [ms, ms], {*_positions(floors)["bound"]}, "%{y:.3g} ms", "2")
 
 
-def upright(figure: go.Figure, gaps: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float) -> list[float]:
-    """The median floor of the gaps from `low` to `high` in the first panel; where it stands, if anywhere."""
-    ms = None if floors is None else floor(gaps, floors)
-    if floors is None or ms is None:
-        return []
-    _line(figure, [ms, ms], [low, high], {*_positions(floors)["bound"]}, "%{x:.3g} ms")
-    return [ms]
+def upright(figure: go.Figure, rows: pd.DataFrame, floors: pd.DataFrame | None, low: float, high: float,
+            panel: str = "") -> list[float]:
+    """The median floor of the rows from `low` to `high` in a panel; where it stands, if anywhere."""
+    found = stands(rows, floors)
+    if floors is not None and found:
+        bounds = {*floors.loc[floors["metric"].isin(rows["metric"].unique()), "bound"]}
+        _line(figure, found * 2, [low, high], bounds, "%{x:.3g} ms", panel)
+    return found
 
 
-def _line(figure: go.Figure, x: list[float], y: list[float], bounds: set[str], hover: str, panel: str = "") -> None:
+def stands(rows: pd.DataFrame, floors: pd.DataFrame | None) -> list[float]:
+    """The median floor of the rows in ms, if there is one."""
+    ms = None if floors is None else floor(rows, floors)
+    return [] if ms is None else [ms]
+
+
+def by_request(figure: go.Figure, requests: pd.DataFrame, floors: pd.DataFrame | None, window: int, panel: str) -> None:
+    """The floors of first tokens over the requests of a stream, which are in order: medians of the last `window`."""
+    if floors is not None and len(requests):
+        first = requests.assign(metric="ttft")
+        ms = of_rows(first, floors).rolling(window, min_periods=1).median()
+        _line(figure, [int(number) + 1 for number in first["request"]], ms.tolist(), {*_whole(floors, "ttft")["bound"]},
+              "request %{x}: %{y:.3g} ms", panel, listed=True)
+
+
+def _line(figure: go.Figure, x: list[float], y: list[float], bounds: set[str], hover: str, panel: str = "",
+          listed: bool = False) -> None:
     name = f"limit ({' or '.join(word for bound, word in RATES.items() if bound in bounds)} rate)"
     figure.add_scatter(x=x, y=y, mode="lines", line={"color": INK, "width": 2, "dash": "dash"}, name=name,
-                       legendgroup="limit", showlegend=not panel, xaxis=f"x{panel}", yaxis=f"y{panel}",
+                       legendgroup="limit", showlegend=listed or not panel, xaxis=f"x{panel}", yaxis=f"y{panel}",
                        hovertemplate=f"{name}, {hover}<extra></extra>")
     axis = figure.layout[f"yaxis{panel}"]
     if axis.range is not None and axis.type != "log":  # a floor above what was measured is to be seen

@@ -1,4 +1,4 @@
-"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, legend; and figures in the dark."""
+"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, legend; dark figures."""
 
 from __future__ import annotations
 

@@ -150,8 +150,12 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
             yield explained(rows, watch, telemetry)
 
 
+COUNTED = {"captures": "capture", "capturing": "capture", "evictions": "eviction"}  # of a row: kinds of `tails`
+
+
 def explained(rows: list[Row], watch: tails.Watch, telemetry: Telemetry | None = None) -> list[Row]:
-    """The rows of a round, each with what happened meanwhile."""
+    """The rows of a round, each with what happened meanwhile: seen by the watch and the clocks, or counted in the row.
+    """
     ended, ms = [row["ended_ns"] for row in rows], [row["ms"] for row in rows]
     happenings = watch.happenings()
     changes = telemetry.clock_changes(since_ns=min(ended) - int(max(ms) * 1e6)) if telemetry is not None else []
@@ -159,8 +163,13 @@ def explained(rows: list[Row], watch: tails.Watch, telemetry: Telemetry | None =
         happenings = pd.concat([happenings, changes]) if len(happenings) else changes
     watch.forget(max(ended))
     found = tails.during(pd.DataFrame({"ms": ms, "end_ns": ended}), happenings)
-    return [row | {"happened": what, "happened_ms": taken} for row, what, taken in zip(
+    return [row | {"happened": _with_counted(row, seen), "happened_ms": taken} for row, seen, taken in zip(
         rows, found["happened"].tolist(), found["happened_ms"].tolist(), strict=True)]
+
+
+def _with_counted(row: Row, seen: str) -> str:
+    counted = {kind for name, kind in COUNTED.items() if row.get(name)}
+    return ", ".join(kind for kind in tails.KINDS if kind in counted | set(seen.split(", "))) if counted else seen
 
 
 def shuffled(runtimes: Mapping[str, Any], prompts: Mapping[int, list[int]], config: Any, *, round_: int,

@@ -96,7 +96,12 @@ def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[st
     end = no(number)
     figure.update_layout({f"xaxis{end}": {"title": {"text": f"{what} (ms, logarithmic)"}, **log(low, high)},
                           f"yaxis{end}": {"title": {"text": "take this long or longer (%)" if number == 1 else ""},
-                                         **log(80 / most, 100, (1,), (50,))}})
+                                         **log(*shares(most), (1,), (50,))}})
+
+
+def shares(count: int) -> tuple[float, float]:
+    """The least and the most that the axis of a distribution of so many values shows, %."""
+    return 80 / count, 100.0
 
 
 def log(low: float, high: float, steps: tuple[int, ...] = (1, 2, 5), more: tuple[float, ...] = ()) -> dict[str, Any]:

@@ -7,6 +7,7 @@ does nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -54,8 +55,13 @@ class _Span:
 
 
 def listening() -> bool:
-    """Whether anything sees the ranges now."""
-    return _record is not None or _domain.get_event_attributes(message="", category="decode") is not None
+    """Whether a profiler watches this process now: one that sees the ranges, or PyTorch's own, which slows as much."""
+    torch = sys.modules.get("torch")  # not imported: nothing of it runs then
+    return _record is not None or _heard() or (torch is not None and torch.autograd._profiler_enabled())
+
+
+def _heard() -> bool:
+    return _domain.get_event_attributes(message="", category="decode") is not None
 
 
 def span(category: Category, payload: int | None = None, detail: str = "") -> AbstractContextManager[None]:
@@ -80,4 +86,4 @@ def recorded(record: Callable[[str], Any] | None = None) -> Iterator[None]:
         _record = before
 
 
-_LISTENING = listening()
+_LISTENING = _heard()

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybridlab import environment, paths, schemas
+from hybridlab import environment, paths, ranges, schemas
 from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import RunError
@@ -29,7 +29,7 @@ from hybridlab.paperconfig import PaperConfig
 
 Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
-PARTS, FAILURE = "parts", "failure.json"
+PARTS, FAILURE, NOTES = "parts", "failure.json", "notes.json"
 
 Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | PeersConfig | PaperConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
@@ -87,10 +87,13 @@ class Run:
         return run
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Stores rows as one atomic Parquet part; `run_id` is filled in. Raises RunError for rows out of schema."""
+        """Stores rows as one atomic Parquet part; `run_id` is filled in, and `profiled` where rows do not say and their
+        kind has it. Raises RunError for rows out of schema."""
         if self.finished:
             raise RunError(f"run {self.id} is finished", "rows were appended after finish", "create a new run")
-        table = _table([{**row, "run_id": self.id} for row in rows], KINDS[self.kind][1])
+        schema = KINDS[self.kind][1]
+        known = {"profiled": ranges.listening()} if "profiled" in schema.names else {}
+        table = _table([{**known, **row, "run_id": self.id} for row in rows], schema)
         if table.num_rows == 0:
             return
         (self.path / PARTS).mkdir(exist_ok=True)
@@ -100,8 +103,9 @@ class Run:
     def finish(self, status: Status, reason: str = "", extra: Mapping[str, Any] | None = None) -> str:
         """Merges the parts into rows.parquet and writes the manifest last. Returns the status that was recorded.
 
-        In a joined run only rows are merged, and a failure is noted for the owner of the directory: the owner's
-        "complete" then becomes "failed". Raises: RunError on a second finish or an unknown status.
+        In a joined run only rows are merged; `extra`, and a failure, are noted for the owner of the directory, whose
+        manifest then holds both: its "complete" becomes "failed". Raises: RunError on a second finish or an unknown
+        status.
         """
         if status not in ("complete", "failed"):
             raise RunError(f"{status!r} is no status of a finished run", "", "use 'complete' or 'failed'")
@@ -110,13 +114,14 @@ class Run:
         merged = _merge(self.path)
         self.finished = True
         if self.joined:
+            atomic_write(self.path / NOTES, _json(dict(extra or {})))
             if status == "failed":
                 atomic_write(self.path / FAILURE, _json({"reason": reason}))
             return status
         if (self.path / FAILURE).exists() and status == "complete":
             status, reason = "failed", str(load(self.path / FAILURE).get("reason", ""))
         manifest = {"run_id": self.id, "status": status, "reason": reason, "rows": merged, "started": self._started,
-                    "finished": _now(), "files": hashes(self.path), "extra": dict(extra or {})}
+                    "finished": _now(), "files": hashes(self.path), "extra": _notes(self.path) | dict(extra or {})}
         atomic_write(self.path / MANIFEST, _json(manifest))
         return status
 
@@ -143,7 +148,12 @@ def read(path: Path | str) -> Recorded:
     config = {name: value for name, value in load(path / CONFIG).items() if name != "kind"}
     return Recorded(path, str(manifest["run_id"]), found, build(KINDS[found][0], config),
                     load(path / ENVIRONMENT), str(manifest["status"]), str(manifest["reason"]), frame,
-                    dict(manifest.get("extra") or {}))
+                    dict(manifest.get("extra") or _notes(path)))
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What a joined run noted beside its rows; the manifest holds it once there is one."""
+    return load(path / NOTES) if (path / NOTES).exists() else {}
 
 
 def kind(path: Path) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab import limits, plots
+from hybridlab import plots
 from hybridlab.cells import cells
-from hybridlab.stats import Estimate, needed
+from hybridlab.stats import needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,45 +60,35 @@ class Grid:
 def ablation(result: Result) -> Grid:
     """All prompt lengths pooled: one row an arm, TTFT and ITL at p50 and p99, and how many times faster than eager;
     with floors also the least time that the machine allows and the share of it reached."""
-    cells, floors, rows = _cells(result.table()), result.floors, []
+    cells, limited, rows = _cells(result.table()), result.floors is not None, []
     for arm in _arms(result):
         row = [arm]
         for metric in METRICS:
             cell = cells.get((arm, "all", metric), {})
             row += [interval(cell, "p50"), interval(cell, "p99"), "1" if arm == "eager" else _ratio(cell)]
-            if floors is not None:
-                own = result.rows[(result.rows["arm"] == arm) & (result.rows["metric"] == metric)]
-                row += [_number(limits.floor(own, floors)), _share(limits.share(own, floors))]
+            row += [interval(cell, "limit"), share(cell)] * limited
         rows.append(row)
-    more = [] if floors is None else ["limit, ms", "of limit"]
+    more = ["limit, ms", "of limit"] * limited
     header = ["arm", *(f"{name}{word}" for metric in METRICS for name, words in (
         (f"{metric.upper()} ", ["p50, ms", "p99, ms"]), ("", ["× eager", *more])) for word in words)]
     return Grid(f"Ablation · {result.caption}", header, rows,
                 f"All prompt lengths pooled; 95 % intervals; p99 only where n ≥ {needed(0.99)}; "
                 "× eager is how many times faster than eager in the same interleaved run."
-                + ("" if floors is None else f" {LIMIT}; both columns hold medians over the rows, each with its own "
-                                             "floor."))
+                + f" {LIMIT}; both columns hold medians over the rows, each with its own floor." * limited)
 
 
 def by_length(result: Result, metric: str) -> Grid:
     """One row a prompt length, one column an arm: the median of `metric` ("ttft" or "itl") and the ratio to eager; with
     floors also a column of the least time that the machine allows, and the share of it reached."""
-    cells, floors = _cells(result.table()), result.floors
-    arms, own = _arms(result), result.rows[result.rows["metric"] == metric]
-    rows = []
+    cells, limited, arms, rows = _cells(result.table()), result.floors is not None, _arms(result), []
     for length in sorted({length for _, length, kind in cells if kind == metric and length != "all"}):
-        row = [str(length)] + ([] if floors is None else [_number(limits.of_length(floors, metric, length))])
-        for arm in arms:
-            text = _with_ratio(cells.get((arm, length, metric), {}), arm)
-            if floors is not None:
-                share = limits.share(own[(own["arm"] == arm) & (own["prompt_tokens"] == length)], floors)
-                text += f", {share.value:.0%}" if share else ""
-            row.append(text)
-        rows.append(row)
-    header = ["prompt tokens", *([] if floors is None else ["limit, ms"]), *(f"{arm}, ms" for arm in arms)]
+        own = {arm: cells.get((arm, length, metric), {}) for arm in arms}
+        limit = next((interval(cell, "limit") for cell in own.values() if cell), NONE)  # every arm has the same
+        rows.append([str(length), *[limit] * limited, *(_with_ratio(cell, arm) for arm, cell in own.items())])
+    header = ["prompt tokens", *["limit, ms"] * limited, *(f"{arm}, ms" for arm in arms)]
     return Grid(f"{metric.upper()} by prompt length · {result.caption}", header, rows,
                 f"Median {WORDS[metric]} with 95 % interval, then how many times faster than eager"
-                + ("." if floors is None else f", then the share of the limit. {LIMIT}."))
+                + (f", then the share of the limit. {LIMIT}." if limited else "."))
 
 
 GRIDS: dict[str, Callable[[Result], Grid]] = {
@@ -149,18 +139,16 @@ def _ratio(cell: dict[str, Any]) -> str:
     return NONE if _absent(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _number(value: float | None) -> str:
-    return NONE if value is None else number(value)
-
-
-def _share(found: Estimate | None) -> str:
-    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]" if found else NONE
+def share(cell: dict[str, Any], prefix: str = "") -> str:
+    """The share of the limit in a line of a table, see `limits.beside`."""
+    value, low, high = _three(cell, *(f"{prefix}of_limit{end}" for end in ("", "_low", "_high")))
+    return NONE if _absent(value) else f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _with_ratio(cell: dict[str, Any], arm: str) -> str:
-    text = interval(cell, "p50")
-    value = cell.get("ratio_to_eager")
-    return text if arm == "eager" or _absent(value) else f"{text} {value:.2f}×"
+    text, value, reached = interval(cell, "p50"), cell.get("ratio_to_eager"), cell.get("of_limit")
+    text += "" if arm == "eager" or _absent(value) else f" {value:.2f}×"
+    return text if _absent(reached) else f"{text}, {reached:.0%}"
 
 
 def _three(cell: dict[str, Any], *names: str) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from hybridlab import committed, kernelbench, notebooks, report, terminal
+from hybridlab import committed, kernelbench, notebooks, report, soundness, terminal
 from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import ConfigError, NotebookError
 from hybridlab.experiment import Result
@@ -112,7 +112,9 @@ def run_all(plan: list[Step], folder: Path, console: Console,
 def shown(run_path: Path, folder: Path, console: Console) -> str:
     """Print the ablation's tables and draw its figures into `folder`; where both are, in words."""
     result = Result.open(run_path)
-    terminal.results([grid(result).rich() for grid in report.GRIDS.values()], result.reading())
+    grids = [*(grid(result) for grid in report.GRIDS.values()),
+             *(soundness.GRIDS[name](result.rows, result.caption) for name in ("steadiness", "slow"))]
+    terminal.results([grid.rich() for grid in grids], result.reading())
     with console.status("drawing figures"):
         files = list(report.draw(result, folder))
     return _where(run_path, folder, files)

@@ -15,14 +15,14 @@ def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
     return pa.schema([pa.field(name, types[kind], nullable=name in optional) for name, kind in pairs])
 
 
-# One row a timed token, of an ablation, or of peers, whose arm names the system. bucket is null where none was used.
-# The rest are null in runs recorded before there were any:
+# One row a timed token, of an ablation, or of peers, whose arm names the system. bucket is null where none was used. In
+# every kind of rows these are null in runs recorded before there were any:
 #   process    of the processes that share the rounds, the number of the one that made this row.
 #   device_ms  the same interval by the device's clock; null on a CPU and with several steps a launch.
 #   client_ms  the same interval by the clock of a client that a worker serves; null without a worker.
 #   ended_ns   when it ended, by time.perf_counter_ns of its process.
 #   happened   what happened meanwhile (tails.KINDS), with commas; happened_ms: of what was timed, the time it overlaps.
-#   profiled   a profiler listened: such times are no latencies.
+#   profiled   a profiler listened: such times are no latencies. Where rows do not say, it is as they are stored.
 ABLATION = _schema(
     "run_id:str round:int request:int arm:str policy:str prompt_tokens:int bucket:int index:int position:int "
     "metric:str ms:float path:str reason:str captures:int compiles:int process:int device_ms:float client_ms:float "
@@ -38,11 +38,12 @@ ABLATION = _schema(
 #            "first_replay", "replay" (path "graph") or "jit" (path "jit"); graph_bytes is what it holds beyond before.
 #   disturb  setting is a way to capture. metric "itl": a gap between decode tokens; "capture": from asked to usable.
 # hits … capture_ms happened in the interval; graphs and graph_bytes are what is held at its end; capturing: a capture
-# behind was under way before or after it.
+# behind was under way before or after it. ended_ns, happened and happened_ms are of a stream's requests alone.
 CACHE = _schema(
     "run_id:str part:str round:int setting:str request:int prompt_tokens:int bucket:int index:int metric:str ms:float "
     "path:str reason:str hits:int misses:int captures:int evictions:int failures:int capture_ms:float graphs:int "
-    "graph_bytes:int capturing:bool", optional=("request", "bucket"))
+    "graph_bytes:int capturing:bool ended_ns:int happened:str happened_ms:float profiled:bool",
+    optional=("request", "bucket", "ended_ns", "happened", "happened_ms", "profiled"))
 
 # One row a timed replay of a graph of `calls` calls, `ms` in all and `us` each; order counts replays as they were made.
 #   op    variant of one operation; rows: of its result, depth: of its input, context: 0 where it sees none.
@@ -51,7 +52,7 @@ CACHE = _schema(
 # bytes, flops: of one call, the least that it must read and write, and those of its products.
 KERNELS = _schema(
     "run_id:str metric:str op:str variant:str rows:int depth:int context:int calls:int kernels:int ms:float us:float "
-    "bytes:int flops:int order:int", optional=("kernels",))
+    "bytes:int flops:int order:int profiled:bool", optional=("kernels", "profiled"))
 
 # One row an event of a trace; the columns from kind on are those of `events.COLUMNS`, stamps count from the beginning
 # of the arm's trace.
@@ -73,4 +74,5 @@ PAPER = _schema(
     "unit:str path:str reason:str state:str captures:int compiles:int bytes:int", optional=("bytes",))
 
 # One row a value. part: coldstart, memory, overhead or ipc; setting: of the caches, say; step: what the value is of.
-SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str")
+SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str profiled:bool",
+                 optional=("profiled",))

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hybridlab import tails
 from hybridlab.errors import MeasureError, RunError
-from hybridlab.measure import frozen_heap, quiet_collector
+from hybridlab.measure import explained, frozen_heap, quiet_collector
 from hybridlab.workload import Asked
 
 if TYPE_CHECKING:
     from hybridlab.runtime import Runtime
+    from hybridlab.telemetry import Telemetry
     from hybridlab.tokens import Token
 
 Row = dict[str, Any]
@@ -85,59 +87,69 @@ class Meter:
 
 
 def serve(runtime: Runtime, requests: Sequence[Asked], prompts: Mapping[int, list[int]], *, setting: str = "default",
-          round_: int = 0, built_ms: float = 0.0, pause_ms: float = 0.0) -> Iterator[Served]:
+          round_: int = 0, built_ms: float = 0.0, pause_ms: float = 0.0,
+          telemetry: Telemetry | None = None) -> Iterator[Served]:
     """Serves the requests once, greedily and never stopping early; yields each one as it is done.
 
     A closed loop: a request begins when the runtime is free and `pause_ms` have passed. Inside the clock, which is the
     runtime's own: token ids on the host to the first new id on the host ("ttft"), from each id to the next ("itl"),
     and from the last id until the runtime is free ("after"), where captures after the request lie. Outside: the
     pause, decoding to text, garbage collection (done before each request, off during it), and making rows. Counters
-    are read between tokens; what a pause changed counts in the "ttft" that follows.
+    are read between tokens; what a pause changed counts in the "ttft" that follows. Each interval of a request says
+    what happened in it, see `tails.KINDS`; clocks are read between requests.
 
     A pass is framed by a row "start" (`built_ms`, and what building the runtime captured) and a row "settle", until
     every capture behind is done; neither belongs to a request. Rows are those of `schemas.CACHE` without `run_id`.
     Raises: MeasureError when a request gets fewer or more tokens than it asked for.
     """
     common = {"part": "stream", "round": round_, "setting": setting}
-    none = {"request": None, "prompt_tokens": 0, "bucket": None, "index": -1, "path": "", "reason": ""}
+    none = {"request": None, "prompt_tokens": 0, "bucket": None, "index": -1, "path": "", "reason": "",
+            "ended_ns": None, "happened": None, "happened_ms": None}
     meter = Meter(runtime)
     yield Served([common | none | {"metric": "start", "ms": built_ms} | meter.columns(meter.read())], [])
-    with frozen_heap():
+    with frozen_heap(), tails.Watch() as watch:
         for number, asked in enumerate(requests):
             if number and pause_ms:
                 time.sleep(pause_ms / 1e3)
             with quiet_collector():
-                tokens, readings, after_ms = _request(runtime, prompts[asked.prompt_tokens], asked.new_tokens, meter)
+                watch.sample()
+                tokens, readings, ended, after_ms = _request(runtime, prompts[asked.prompt_tokens], asked.new_tokens,
+                                                             meter, watch)
             own = common | {"request": number, "prompt_tokens": asked.prompt_tokens,
                             "bucket": runtime.bucket_for(asked.prompt_tokens)}
             rows = [own | {"index": index, "metric": "itl" if index else "ttft", "ms": token.ms, "path": token.path,
-                           "reason": token.reason or ""} | meter.columns(readings[index])
+                           "reason": token.reason or "", "ended_ns": ended[index]} | meter.columns(readings[index])
                     for index, token in enumerate(tokens)]
-            rows.append(own | {"index": -1, "metric": "after", "ms": after_ms, "path": "", "reason": ""}
-                        | meter.columns(readings[-1]))
-            yield Served(rows, [token.id for token in tokens])
+            rows.append(own | {"index": -1, "metric": "after", "ms": after_ms, "path": "", "reason": "",
+                               "ended_ns": ended[-1]} | meter.columns(readings[-1]))
+            if telemetry is not None:
+                telemetry.sample()
+            yield Served(explained(rows, watch, telemetry), [token.id for token in tokens])
     start = time.perf_counter_ns()
     runtime.settle()
     ms = (time.perf_counter_ns() - start) / 1e6
     yield Served([common | none | {"metric": "settle", "ms": ms} | meter.columns(meter.read())], [])
 
 
-def _request(runtime: Runtime, ids: list[int], count: int, meter: Meter) -> tuple[list[Token], list[Any], float]:
-    """The tokens of one request, a reading of the meter after each and one at its end, and the ms after the last."""
+def _request(runtime: Runtime, ids: list[int], count: int, meter: Meter, watch: tails.Watch
+             ) -> tuple[list[Token], list[Any], list[int], float]:
+    """The tokens of one request; a reading of the meter and a stamp after each and at its end; the ms after the last.
+    """
     stream = runtime.stream(ids, max_new_tokens=count, stop=[])
     tokens: list[Token] = []
-    readings = []
+    readings, ended = list[Any](), list[int]()
     for token in stream:
+        ended.append(watch.sample())
         tokens.append(token)
         readings.append(meter.read())
         if len(tokens) == count:
             break
     start = time.perf_counter_ns()
     more = next(stream, None)  # lets the runtime finish the request
-    after_ms = (time.perf_counter_ns() - start) / 1e6
+    ended.append(watch.sample())
     readings.append(meter.read())
     if more is not None or len(tokens) != count:
         raise MeasureError(f"{count} tokens were asked for, the runtime answered with "
                            f"{len(tokens) if more is None else 'more'}", f"prompt of {len(ids)} tokens",
                            "a request that ends early cannot be compared; report this as a fault of the runtime")
-    return tokens, readings, after_ms
+    return tokens, readings, ended, (ended[-1] - start) / 1e6

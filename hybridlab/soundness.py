@@ -7,17 +7,18 @@ metric and length, so that no length looks like a mode. Never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hybridlab import stats, steadiness, tails
-from hybridlab.report import NONE, Grid, interval, number
+from hybridlab import limits, stats, steadiness, tails
+from hybridlab.report import LIMIT, NONE, Grid, interval, number, share
 
-CELL = ["arm", "metric", "prompt_tokens"]
+CELL = ("arm", "metric", "prompt_tokens")
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
+GENERATED = (8, 16, 32, 64, 100, 128, 200, 256, 300, 400, 500, 512, 1024)  # new tokens; some are the paper's
 
 
 def steady(rows: pd.DataFrame) -> pd.DataFrame:
@@ -36,14 +37,15 @@ def steady(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, dtype=object)
 
 
-def slow(rows: pd.DataFrame) -> pd.DataFrame:
+def slow(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> pd.DataFrame:
     """One line an arm, metric and kind of what happened: times (samples in which it did), of the `count` samples beyond
     the p99 the share in which it did (slow), and of the rest (others). Kind "unexplained": nothing known happened.
 
     A kind that the rest has as often explains nothing. Empty where n does not allow a p99 or rows hold no record.
+    Values are relative to the median of those that share `alike`.
     """
     lines = []
-    for arm, metric, own in _groups(rows[rows["happened"].notna()]):
+    for arm, metric, own in _groups(rows[rows["happened"].notna()], alike):
         if len(own) < stats.needed(tails.TAIL):
             continue
         beyond = (own["relative"] > stats.quantile(own["relative"], tails.TAIL).value).to_numpy()
@@ -57,11 +59,12 @@ def slow(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["arm", "metric", "kind", "times", "count", "slow", "others"])
 
 
-def clocks(rows: pd.DataFrame) -> pd.DataFrame:
+def clocks(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm and metric: median ms by the server's clock (ms, host to host), by the device's (device_ms) and
     by that of a worker's client (client_ms), and of their differences to the server's, value by value: by how much the
     server took longer than the device (beside_ms), and the client longer than the server (beyond_ms). Each with its
-    95 % interval, None where there is no such clock. Empty without any of the two."""
+    95 % interval, None where there is no such clock; with floors the limit and the share reached by the server's clock,
+    see `limits.cells`. Empty without any of the two."""
     lines = []
     known = rows[rows["device_ms"].notna() | rows["client_ms"].notna()]
     for (arm, metric), own in known.groupby(["arm", "metric"], sort=False):
@@ -70,7 +73,8 @@ def clocks(rows: pd.DataFrame) -> pd.DataFrame:
         device, client = (own[name].astype(float).dropna() for name in ("device_ms", "client_ms"))
         lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", own["ms"])
                      | _three("device_ms", device) | _three("beside_ms", (own["ms"] - device).dropna())
-                     | _three("client_ms", client) | _three("beyond_ms", (client - own["ms"]).dropna()))
+                     | _three("client_ms", client) | _three("beyond_ms", (client - own["ms"]).dropna())
+                     | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
@@ -86,34 +90,36 @@ def processes(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def quantiles(rows: pd.DataFrame) -> pd.DataFrame:
+def quantiles(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm, metric and prompt length: n, p50, p90, p95, p99 with their intervals (None where n does not
-    allow one), and max, in ms."""
+    allow one), and max, in ms; with floors the limit and the share reached, see `limits.cells`."""
     lines = []
-    for (arm, metric, length), own in rows.groupby(CELL, sort=False):
+    for (arm, metric, length), own in rows.groupby(list(CELL), sort=False):
         line: dict[str, Any] = {"arm": arm, "metric": metric, "prompt_tokens": length, "n": len(own)}
         for q in QUANTILES:
             line |= _three(f"p{100 * q:g}", own["ms"], q)
-        lines.append(line | {"max": float(own["ms"].max())})
+        lines.append(line | {"max": float(own["ms"].max())} | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
-def by_generation(rows: pd.DataFrame, lengths: Sequence[int]) -> pd.DataFrame:
+def by_generation(rows: pd.DataFrame, lengths: Sequence[int] = GENERATED,
+                  floors: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line an arm and generation length: p50 and p99 in ms of the gaps of the first so many new tokens, with their
-    intervals. A request of n tokens begins as a longer one does, so that one long request serves all shorter lengths;
-    a length beyond what was generated has no line."""
+    intervals; with floors the limit and the share reached, see `limits.cells`. A request of n tokens begins as a
+    longer one does, so that one long request serves all shorter lengths; a length beyond what was generated has no
+    line."""
     gaps = rows[rows["metric"] == "itl"]
     lines = []
     for length in lengths:
         for arm, own in gaps[gaps["index"] < length].groupby("arm", sort=False):
             if int(own["index"].max()) == length - 1:
                 lines.append({"arm": arm, "new_tokens": length, "n": len(own)} | _three("p50", own["ms"])
-                             | _three("p99", own["ms"], 0.99))
+                             | _three("p99", own["ms"], 0.99) | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
-def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    relative = rows.assign(relative=rows["ms"] / rows.groupby(CELL)["ms"].transform("median"))
+def _groups(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    relative = rows.assign(relative=rows["ms"] / rows.groupby(list(alike))["ms"].transform("median"))
     for (arm, metric), own in relative.groupby(["arm", "metric"], sort=False):
         yield str(arm), str(metric), own
 
@@ -126,14 +132,13 @@ def _three(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]:
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def steady_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def steady_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`steady` as text."""
-    def flag(value: bool | None, words: str) -> str:
-        return NONE if value is None else words if value else "no"
+    def flag(value: bool | None) -> str:
+        return NONE if value is None else "yes" if value else "no"
 
-    lines = [[f"{line['arm']} {line['metric'].upper()}", str(line["n"]), flag(line["drifts"], "yes"),
-              NONE if line["drift"] is None else f"{line['drift']:+.1%}",
-              flag(line["modes"], "yes"),
+    lines = [[_name(line), str(line["n"]), flag(line["drifts"]),
+              NONE if line["drift"] is None else f"{line['drift']:+.1%}", flag(line["modes"]),
               f"{line['fast']:.2f}, {line['slow']:.2f} ({line['slow_share']:.0%})" if line["modes"] else NONE]
              for line in steady(rows).to_dict("records")]
     return Grid(f"Steadiness · {caption}", ["arm", "n", "drifts", "over the run", "two modes", "fast, slow (share)"],
@@ -141,54 +146,97 @@ def steady_grid(rows: pd.DataFrame, caption: str) -> Grid:
                 f"n ≥ {steadiness.MODES_LEAST}. Values relative to the median of their prompt length.")
 
 
-def slow_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def slow_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`slow` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", line["kind"], f"{line['times']:,}", str(line["count"]),
+    lines = [[_name(line), line["kind"], f"{line['times']:,}", str(line["count"]),
               f"{line['slow']:.0%}", f"{line['others']:.1%}"] for line in slow(rows).to_dict("records")]
     return Grid(f"Slow tail · {caption}", ["arm", "what happened", "times", "beyond p99", "in those", "in the rest"],
                 lines, "A kind that the rest has as often explains nothing.")
 
 
-def clocks_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def clocks_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`clocks` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}",
-              *(interval(line, name) if line[name] is not None else NONE
-                for name in ("ms", "device_ms", "beside_ms", "client_ms", "beyond_ms"))]
-             for line in clocks(rows).to_dict("records")]
+    columns = ("ms", "device_ms", "beside_ms", "client_ms", "beyond_ms")
+    lines = [[_name(line), *(interval(line, name) for name in columns), *_limit(line)]
+             for line in clocks(rows, floors).to_dict("records")]
     return Grid(f"Clocks · {caption}", ["arm", "server, ms", "device, ms", "server - device, ms", "client, ms",
-                                        "client - server, ms"], lines,
+                                        "client - server, ms", *_limits(floors)], lines,
                 "Medians with 95 % intervals; server: id to id on the host; device: between events on its stream; "
-                "client: id to id in the process that a worker serves.")
+                f"client: id to id in the process that a worker serves.{_note(floors)}")
 
 
-def quantiles_grid(rows: pd.DataFrame, caption: str) -> Grid:
+def quantiles_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
     """`quantiles` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", str(line["prompt_tokens"]), str(line["n"]),
-              *(interval(line, f"p{100 * q:g}") if line[f"p{100 * q:g}"] is not None else NONE for q in QUANTILES),
-              number(line["max"])] for line in quantiles(rows).to_dict("records")]
+    lines = [[_name(line), str(line["prompt_tokens"]), str(line["n"]),
+              *(interval(line, f"p{100 * q:g}") for q in QUANTILES), number(line["max"]), *_limit(line)]
+             for line in quantiles(rows, floors).to_dict("records")]
     return Grid(f"Quantiles · {caption}", ["arm", "prompt tokens", "n", "p50, ms", "p90, ms", "p95, ms", "p99, ms",
-                                           "max, ms"], lines, "95 % intervals; none where n does not allow one.")
+                                           "max, ms", *_limits(floors)], lines,
+                f"95 % intervals; none where n does not allow one.{_note(floors)}")
 
 
-GRIDS: dict[str, Callable[[pd.DataFrame, str], Grid]] = {
-    "steadiness": steady_grid, "slow": slow_grid, "clocks": clocks_grid, "quantiles": quantiles_grid}
+def generation_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
+    """`by_generation` as text."""
+    lines = [[line["arm"], str(line["new_tokens"]), str(line["n"]), interval(line, "p50"), interval(line, "p99"),
+              *_limit(line)] for line in by_generation(rows, floors=floors).to_dict("records")]
+    return Grid(f"Gaps by generation length · {caption}", ["arm", "new tokens", "n", "p50, ms", "p99, ms",
+                                                           *_limits(floors)], lines,
+                f"All gaps of the first so many new tokens; 95 % intervals.{_note(floors)}")
+
+
+def _name(line: Mapping[str, Any]) -> str:
+    return f"{line['arm']} {line['metric'].upper()}"
+
+
+def _limit(line: dict[str, Any]) -> list[str]:
+    return [interval(line, "limit"), share(line)] if "limit" in line else []
+
+
+def _limits(floors: pd.DataFrame | None) -> list[str]:
+    return [] if floors is None else ["limit, ms", "of limit"]
+
+
+def _note(floors: pd.DataFrame | None) -> str:
+    return "" if floors is None else f" {LIMIT}."
+
+
+GRIDS: dict[str, Callable[..., Grid]] = {  # of rows, a caption, and floors
+    "steadiness": steady_grid, "slow": slow_grid, "clocks": clocks_grid, "quantiles": quantiles_grid,
+    "generation": generation_grid}
 
 
 def words(rows: pd.DataFrame) -> str:
     """What of this a reader must know before a number is believed; empty where nothing speaks against it."""
-    said = []
-    table = steady(rows)
-    for line in table.to_dict("records") if len(table) else []:
-        name = f"{line['arm']} ({line['metric'].upper()})"
-        if line["drifts"]:
-            said.append(f"{name} drifts by {line['drift']:+.1%} over the run")
-        if line["modes"]:
-            said.append(f"{name} has two modes, {line['slow_share']:.0%} of it {line['slow'] / line['fast']:.2f} times "
-                        "as slow as the rest")
+    table = steady(rows).to_dict("records")
+    name = {id(line): f"{line['arm']} ({line['metric'].upper()}" for line in table}
+    drifting = [f"{name[id(line)]}, {line['drift']:+.1%})" for line in table if line["drifts"]]
+    double = [f"{name[id(line)]}, {_halves(line)})" for line in table if line["modes"]]
+    said = [f"{what} {', '.join(found)}" for what, found in (
+        ("a drift over the run in", drifting), ("two modes in", double)) if found]
     between = processes(rows)
     if len(between):
         worst = between.loc[(between["most"] - between["least"]).idxmax()]
         said.append(f"medians of the {worst['processes']} processes lie between {worst['least'] - 1:+.1%} and "
                     f"{worst['most'] - 1:+.1%} of the whole in the worst case, {worst['arm']} "
                     f"({worst['metric'].upper()})")
+    said += filter(None, [slow_words(slow(rows))])
     return f"Before believing a number: {'; '.join(said)}." if said else ""
+
+
+def _halves(line: Mapping[str, Any]) -> str:
+    times, slow = line["slow"] / line["fast"], line["slow_share"]
+    return (f"{slow:.0%} of it {times:.3g} times as slow as the rest" if times < 10 else
+            f"{1 - slow:.0%} of it less than a tenth of the rest")
+
+
+def slow_words(table: pd.DataFrame) -> str:
+    """Of a table of `slow` the kinds that slow values have more often than others, over all arms; "" without any."""
+    if table.empty:
+        return ""
+    found = []
+    beyond = int(table.drop_duplicates(["arm", "metric"])["count"].sum())
+    for kind, own in table.groupby("kind", sort=False):
+        hits = round(float((own["slow"] * own["count"]).sum()))
+        if kind == tails.UNEXPLAINED or hits > beyond * float(own["others"].mean()):
+            found.append(f"{kind} {hits} (of the rest {own['others'].mean():.1%})")
+    return f"of the {beyond} values beyond the p99 of their arm, {', '.join(found)}" if beyond else ""

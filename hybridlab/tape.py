@@ -1,15 +1,14 @@
 """A graph for the CPU: concrete ATen calls over fixed tensors, recorded once, replayed without Python model code.
 
-Like a CUDA graph it bakes in every shape, address and Python value, so it makes the same mistakes visible: a value
-read on the host during recording raises, and a changed Python number is not seen by a replay. Recording keeps the
-calls; instantiating gives every intermediate a place in one arena, reused once nothing reads it any more.
+Like a CUDA graph it bakes in shapes, addresses and Python values: a value read on the host during recording raises, a
+changed number is not seen by a replay. Instantiating gives intermediates a place in one arena, reused once none reads.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from hybridlab import kernels, ops
 from hybridlab.errors import CaptureFailed
+from hybridlab.ranges import span
 
 ALIGNMENT = 64  # bytes; a cache line, and what the CPU allocator gives
 _HOST_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -119,9 +119,9 @@ class _Recorder(TorchDispatchMode):
 class Tape:
     """A recorded launch sequence. `replay` runs it over the tensors it was recorded with.
 
-    Operations that `leave_outside` names are no part of a graph: between the graphs they run through the dispatcher,
-    as they would from Python. `graphs` counts the graphs of one replay. The tensors in `private` keep their values
-    while it is recorded. Its intermediates lie in `pool`, or in memory of its own: `nbytes`.
+    Operations that `leave_outside` names are no part of a graph: between the graphs they run through the dispatcher.
+    `graphs` counts the graphs of one replay. The tensors in `private` keep their values while it is recorded. Its
+    intermediates lie in `pool`, or in memory of its own: `nbytes`.
     """
 
     def __init__(self, function: Callable[[], None], leave_outside: Callable[[Any], bool] | None = None,
@@ -136,20 +136,21 @@ class Tape:
             grown, launches = _instantiate(recorder.calls, copies, pool or Pool())
         self.nbytes, self.pool_bytes = (grown, 0) if pool is None else (0, grown)
         self.capture_ms, self.instantiate_ms = (recorded - start) * 1e3, (time.perf_counter() - recorded) * 1e3
-        self.graphs = sum(not outside for outside, _ in groupby(outside for _, outside in launches))
-        self._calls = [call for call, _ in launches]
+        parts = [(outside, [call for call, _ in part]) for outside, part in groupby(launches, lambda pair: pair[1])]
+        self.graphs, self._parts = sum(not outside for outside, _ in parts), [part for _, part in parts]
 
     def replay(self) -> None:
         with torch.no_grad():
-            for call in self._calls:
-                call()
+            for number, part in enumerate(self._parts):
+                with span("segment", number) if len(self._parts) > 1 else nullcontext():
+                    for call in part:
+                        call()
 
     def reset(self) -> None:
-        self._calls = []
+        self._parts = []
 
-    def __len__(self) -> int:
-        """Launches in one replay."""
-        return len(self._calls)
+    def __len__(self) -> int:  # launches in one replay
+        return sum(map(len, self._parts))
 
 
 def launches_nothing(function: Any) -> bool:

@@ -9,7 +9,8 @@ import os
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ EVERY_S = 0.5
 CHANGE = 0.01  # of a clock, between two readings: less is rounding
 SET = ("idle", "application clocks", "display clocks")  # a GPU that has nothing to do, or is set so, is not slowed
 REASONS = {bit: word for bit, word in gpus.REASONS.items() if word not in SET}
+MOVED = 0.02   # of a clock, over a run: less moves no latency that anybody could tell
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -116,6 +118,26 @@ class Telemetry:
             "other_processes": lambda: sum(
                 process.pid != own for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
             "reasons": lambda: reasons(handle)}
+
+
+def words(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """What `summary` of each process of a run says against its times: clocks that moved, and why, and other processes
+    on the GPU; empty where nothing does."""
+    def ends(name: str) -> tuple[float, float] | None:
+        found = [one[name] for one in summaries if name in one]
+        return (min(each["min"] for each in found), max(each["max"] for each in found)) if found else None
+
+    said, clock, others = [], ends("clock_mhz"), ends("other_processes")
+    if clock and clock[0] < (1 - MOVED) * clock[1]:
+        said.append(f"the clock moved between {clock[0]:,.0f} and {clock[1]:,.0f} MHz")
+    counts = Counter[str]()
+    for one in summaries:
+        counts.update(one.get("reasons", {}))
+    total = sum(int(one.get("readings", 0)) for one in summaries)
+    said += [f"{word} held it down in {count} of {total} readings" for word, count in counts.items()]
+    if others and others[1] > 0:
+        said.append(f"{others[1]:.0f} other processes computed on the GPU")
+    return f"While it ran, {', '.join(said)}." if said else ""
 
 
 def _of_cpu() -> dict[str, Callable[[], float]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybridlab import panels, plots, stats, tallies
+from hybridlab import limits, panels, plots, stats, tallies
 from hybridlab.errors import choose
 from hybridlab.panels import Look
 
@@ -69,7 +69,7 @@ def stream(rows: pd.DataFrame, caption: str, setting: str | None = None) -> go.F
     return figure
 
 
-def over_time(rows: pd.DataFrame, caption: str) -> go.Figure:
+def over_time(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Hit rate, time to first token and memory over the requests of the stream, a line a setting, all passes."""
     table = tallies.requests(rows)
     count = int(table["request"].max()) + 1
@@ -95,17 +95,22 @@ def over_time(rows: pd.DataFrame, caption: str) -> go.Figure:
             tops[number - 1] = max(tops[number - 1], *values)
     for number, top in enumerate(tops, 1):
         figure.update_layout({f"yaxis{panels.no(number)}.range": [0, top * 1.08 or 1]})
+    limits.by_request(figure, table.drop_duplicates("request").sort_values("request"), floors, window, "2")
     return panels.legend(figure)
 
 
-def first_tokens(rows: pd.DataFrame, caption: str) -> go.Figure:
+def first_tokens(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Distribution of the time to first token under each setting as the share that takes longer: the tail."""
     table = tallies.requests(rows)
     figure = panels.frame("Time to first token over the stream, by setting", caption, [
         f"markers: p50, and p99 from {stats.needed(0.99)} values on; bars: 95 % intervals",
         tallies.sizes(table, "first tokens a setting")], 330)
+    first, most = table.assign(metric="ttft"), int(table.groupby("setting").size().max())
+    times = [*table["ms"], *limits.stands(first, floors)]
     panels.tails(figure, {name: own["ms"] for name, own in table.groupby("setting")}, dict(
-        zip(tallies.settings(table), LOOKS * len(table), strict=False)), 1, "time to first token")
+        zip(tallies.settings(table), LOOKS * len(table), strict=False)), 1, "time to first token",
+        (min(times), max(times), most))
+    limits.upright(figure, first, floors, *panels.shares(most))
     return panels.legend(figure)
 
 
@@ -142,7 +147,7 @@ def costs(rows: pd.DataFrame, caption: str) -> go.Figure:
     return panels.legend(figure)
 
 
-def disturbed(rows: pd.DataFrame, caption: str) -> go.Figure:
+def disturbed(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
     """Distribution of the gaps between decode tokens by way of capturing; left those in which a capture was under way,
     beside the gaps of decoding without any."""
     own = tallies.part(rows, "disturb")
@@ -159,11 +164,13 @@ def disturbed(rows: pd.DataFrame, caption: str) -> go.Figure:
                    tallies.sizes(gaps[~under_way], "otherwise")])], 330)
     quiet = gaps[gaps["setting"] == "quiet"]
     sides = pd.concat([quiet, gaps[under_way]]), gaps[~under_way]
-    span = float(gaps["ms"].min()), float(gaps["ms"].max()), int(gaps.groupby("setting").size().max())
+    placed = gaps.assign(position=gaps["prompt_tokens"] + gaps["index"])
+    times, most = [*gaps["ms"], *limits.stands(placed, floors)], int(gaps.groupby("setting").size().max())
     for number, (side, words) in enumerate(zip(sides, ("while a capture is under way", "otherwise"), strict=True), 1):
         panels.axes(figure, number, [[0, 0.46], [0.56, 1]][number - 1], [0, 1])
         panels.tails(figure, {name: cell["ms"] for name, cell in side.groupby("setting")}, names, number,
-               f"gap {words}", span)
+               f"gap {words}", (min(times), max(times), most))
+        limits.upright(figure, placed, floors, *panels.shares(most), panels.no(number))
     return panels.legend(figure)
 
 
@@ -225,7 +232,7 @@ def _cycle(rows: pd.DataFrame, skip: int = 0) -> list[Look]:
     return [LOOKS[(i + skip) % len(LOOKS)]._replace(width=width) for i, width in enumerate(widths)]
 
 
-FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, str], go.Figure]]] = {  # the part of a run that each is made of
+FIGURES: dict[str, tuple[str, Callable[..., go.Figure]]] = {  # the part of a run that each is made of
     "over_time": ("stream", over_time),
     "first_tokens": ("stream", first_tokens),
     "costs": ("cost", costs),

@@ -16,6 +16,7 @@ from hybridlab import notebooks
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FORBIDDEN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try, ast.TryStar)
+LATENCIES = ("hl.plots.", "hl.timeline.over_time", "hl.timeline.first_tokens", "hl.timeline.disturbed")
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -115,3 +116,11 @@ def test_the_four_beats_are_there(path: Path) -> None:
     assert [name for name in order if name in beats] == beats
     assert "**" in cells[0].source
     assert "?" in cells[0].source
+
+
+@every
+def test_each_figure_of_latencies_shows_the_limit(path: Path) -> None:
+    """A time without the least that the machine allows is fast or slow by taste."""
+    calls = [node for cell in code_of(path) for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    drawn = [ast.unparse(call) for call in calls if ast.unparse(call.func).startswith(LATENCIES)]
+    assert [text for text in drawn if not text.endswith("result.floors)")] == []

@@ -329,6 +329,10 @@ def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path)
     for arm, path_of_arm in {"eager": "eager", "hybrid": "graph"}.items():
         assert set(rows.loc[rows["arm"] == arm, "path"]) <= {path_of_arm}
     require_figures(done.path)
+    assert {"roofline", "during", "counters"} <= set(recorded.extra)
+    if "result.floors" in path.read_text(encoding="utf-8"):
+        drawn = [str(figure["data"]["application/vnd.plotly.v1+json"]) for figure in figures_of(done.path)]
+        assert any("limit (" in text for text in drawn)
 
 
 @pytest.mark.slow
@@ -379,9 +383,13 @@ def test_the_paper_notebook_runs_and_judges_every_claim(tmp_path: Path) -> None:
     require_figures(done.path)
 
 
+def figures_of(path: Path) -> list[Any]:
+    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())
+            if "application/vnd.plotly.v1+json" in output.get("data", ())]
+
+
 def require_figures(path: Path) -> None:
-    figures = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())
-               if "application/vnd.plotly.v1+json" in output.get("data", ())]
+    figures = figures_of(path)
     assert figures
     assert all("text/html" in figure["data"] for figure in figures), "it would vanish from an HTML export"
 

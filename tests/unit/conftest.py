@@ -14,7 +14,7 @@ import pytest
 BLANK = {"run_id": "r1", "part": "stream", "round": 0, "setting": "", "request": None, "prompt_tokens": 1,
          "bucket": None, "index": 0, "metric": "", "ms": 1.0, "path": "", "reason": "", "hits": 0, "misses": 0,
          "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 0, "graph_bytes": 0,
-         "capturing": False}
+         "capturing": False, "ended_ns": None, "happened": None, "happened_ms": None, "profiled": False}
 MIB = 1 << 20
 HOSTILE = '<img src=x onerror=alert(1)></script><script>alert(2)</script> $x$ "\''
 

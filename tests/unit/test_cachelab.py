@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hybridlab import cachelab, experiment, models, records, serving, stats, workload
+from hybridlab import cachelab, cachetables, experiment, models, records, serving, stats, workload
 from hybridlab.config import CacheConfig, RunConfig
-from hybridlab.errors import ConfigError, ModelError, PromptError, RunError
+from hybridlab.errors import ConfigError, ModelError, PromptError, RunError, StatisticsError
 from hybridlab.parameters import compared
 from hybridlab.workload import Asked
 
@@ -27,6 +28,8 @@ NEVER, SYNC = "capture=never, buckets=16 64", "capture=sync, buckets=16 64, cach
 def _own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
     monkeypatch.setenv("HYBRIDLAB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(cachelab.roofline, "measure", lambda device, dtype, working_set: {
+        "read_gbs": working_set / 1e6, "copy_gbs": 1.0, "matmul_tflops": 100.0})  # a step takes 1 ms and a little
 
 
 @pytest.fixture
@@ -44,10 +47,10 @@ def only_run(tmp_path: Path) -> records.Recorded:
 def test_the_interval_of_a_mean_is_over_passes() -> None:
     """Requests of one pass taken for repetitions: they share a cold start, and the interval would be far too small."""
     first = pd.DataFrame({"round": [0, 0, 1, 1, 2, 2], "ms": [1.0, 3.0, 2.0, 4.0, 4.0, 6.0]})
-    mean, low, high = cachelab._mean(first)
+    mean, low, high = cachetables.mean(first)
     half = 4.30265273 * np.std([2.0, 3.0, 5.0], ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
     assert (mean, low, high) == pytest.approx((10 / 3, 10 / 3 - half, 10 / 3 + half))
-    assert cachelab._mean(first[first["round"] < 2]) == (2.5, None, None)
+    assert cachetables.mean(first[first["round"] < 2]) == (2.5, None, None)
 
 
 def test_a_run_is_recorded_and_told(trace: str, tmp_path: Path) -> None:
@@ -74,6 +77,16 @@ def test_a_run_is_recorded_and_told(trace: str, tmp_path: Path) -> None:
     assert table.loc[SYNC, "hit_rate"] > 0
     assert table.loc[SYNC, "captures"] > 2
     assert table.loc[SYNC, "evictions"] > 0
+    assert table.loc[SYNC, ["ttft_limit", "itl_limit"]].tolist() == pytest.approx([1, 1], rel=0.2)
+    own = result.rows[(result.rows["setting"] == SYNC) & (result.rows["metric"] == "itl")]
+    assert table.loc[SYNC, "itl_of_limit"] == pytest.approx((1 / own["ms"]).median(), rel=0.2)
+    assert result.grid().header.count("of limit") == 2
+    captured = result.rows[(result.rows["captures"] > 0) & (result.rows["metric"] == "ttft")]
+    assert len(captured)
+    assert captured["happened"].str.contains("capture").all()
+    assert not result.rows["profiled"].any()
+    with pytest.raises(StatisticsError, match="while a profiler listened"):
+        cachelab.CacheResult(replace(result.recorded, rows=result.rows.assign(profiled=True))).table()
     words = result.reading()
     assert f"With {SYNC} a first token took" in words
     assert "8 requests with 5 prompt lengths" in words
@@ -195,7 +208,7 @@ def test_parts_are_recorded_round_by_round(trace: str, monkeypatch: pytest.Monke
             yield [{"part": "cost", "round": number, "setting": "shared", "request": None, "prompt_tokens": 16,
                     "bucket": 16, "index": 0, "metric": "replay", "ms": 1.0, "path": "graph", "reason": "", "hits": 0,
                     "misses": 0, "captures": 1, "evictions": 0, "failures": 0, "capture_ms": 1.0, "graphs": 1,
-                    "graph_bytes": 10, "capturing": False}]
+                    "graph_bytes": 10, "capturing": False, "ended_ns": None, "happened": None, "happened_ms": None}]
 
     monkeypatch.setattr(capturing, "cost", rounds)
     result = cachelab.run(CONFIG | {"trace": trace, "repeats": 1, "cost_lengths": [16]}, progress=False)

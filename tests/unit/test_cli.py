@@ -260,7 +260,7 @@ def test_cache_runs_are_verified_shown_and_not_drawn(checkout: Path) -> None:
     run = records.Run.create(config, checkout / "data" / "runs", run_id="99991231-000000-ffff")
     own = {"part": "stream", "setting": "capture=sync", "prompt_tokens": 9, "bucket": 16, "reason": "", "hits": 1,
            "misses": 0, "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 1,
-           "graph_bytes": 64, "capturing": False}
+           "graph_bytes": 64, "capturing": False, "ended_ns": None, "happened": None, "happened_ms": None}
     run.append([own | {"round": round_, "request": n, "index": 0 if metric == "ttft" else -1, "metric": metric,
                        "ms": 2.0, "path": "graph"}
                 for round_ in range(3) for n in range(4) for metric in ("ttft", "after")])

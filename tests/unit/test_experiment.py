@@ -15,7 +15,9 @@ CONFIG = {"arms": ["eager", "hybrid"], "lengths": [4, 7], "repeats": 6, "new_tok
 
 
 FLOORS = [{"metric": "ttft", "prompt_tokens": n, "position": None, "bytes": 1e6, "flops": 1e6, "ms": 1.0,
-           "bound": "memory"} for n in (4, 7)]
+           "bound": "memory"} for n in (4, 7)] + [
+    {"metric": "itl", "prompt_tokens": 4, "position": n, "bytes": 1e6, "flops": 1e6, "ms": 0.5, "bound": "memory"}
+    for n in (5, 15)]
 
 
 class Runtime:
@@ -122,7 +124,11 @@ def test_a_run_is_recorded_and_told_in_words(tmp_path):
     assert f"hybrid is {cell['ratio_to_eager']:.3g} [" in words
     assert "eager ran 100 % eager; hybrid ran 100 % graph" in words
     assert "not GPU ratios" in words
+    assert "Rounds that warmed up: 1, where 20 are usual." in words
+    first = table[(table["arm"] == "eager") & (table["metric"] == "ttft") & (table["prompt_tokens"] == 4)].iloc[0]
+    assert (first["limit"], first["of_limit"]) == (1.0, pytest.approx(1 / 20, rel=0.1))
     assert "n = 368" in words  # 32 gaps give no p99
+    assert "allow, 0.5 ms a token, the share reached is 2" in words
     assert result.run_id in result.caption
     assert "24 first tokens" in result.caption
     again = experiment.Result.open(result.path)

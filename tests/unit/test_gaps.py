@@ -111,6 +111,22 @@ def test_each_range_has_what_it_holds_innermost(drawn):
     assert gaps.by_range(drawn).to_numpy().tolist() == [["decode", 2, 100.0, 2, 20.0], ["replay", 1, 50.0, 3, 31.0]]
 
 
+def test_each_segment_of_a_graph_in_pieces_has_its_own_time():
+    """Segments added up as one: which of them is slow cannot be seen, and work outside of them is counted in."""
+    def segment(start, end, number):
+        return host("range", start, end, "segment", category="segment", payload=number)
+
+    pieces = [host("range", 0, 90, "replay", category="replay"),
+              *(segment(start, start + 8, number) for start, number in ((0, 0), (10, 1), (20, 2), (40, 0), (50, 1))),
+              *(host("launch", at, at + 2, "cudaGraphLaunch", correlation=at) for at in (1, 11, 21, 41, 51, 81)),
+              *(device(at + 3, at + 3 + us, "k", at)
+                for at, us in ((1, 1), (11, 2), (21, 3), (41, 4), (51, 5), (81, 6)))]
+    assert gaps.by_segment(events.tidy(pieces)).to_numpy().tolist() == [
+        [0, 2, 16.0, 2, 5.0], [1, 2, 16.0, 2, 7.0], [2, 1, 8.0, 1, 3.0]]
+    assert gaps.by_segment(events.tidy(DRAWN)).empty
+    assert gaps.by_segment(events.tidy([])).empty
+
+
 def test_work_that_no_range_holds_is_named_so():
     """Kernels that vanish from a table whose rows are said to add up."""
     table = gaps.by_range(events.tidy([host("launch", 0, 2, "cudaLaunchKernel", correlation=1), device(3, 8, "k", 1)]))
@@ -139,8 +155,11 @@ def test_launches_of_a_token_are_medians_of_decode_tokens(drawn):
 def test_a_trace_without_device_work_has_tables_without_rows(idle):
     """An error, or a division by no time at all, for whoever has no GPU."""
     assert gaps.busy(idle) == gaps.overlap_ns(idle) == 0
-    for table in (gaps.gaps(idle), gaps.by_kernel(idle), gaps.launch_delay(idle)):
+    for table in (gaps.gaps(idle), gaps.launch_delay(idle)):
         assert table.empty
+    assert gaps.by_kernel(idle).to_numpy().tolist() in (
+        [], [["aten::linear", 1, 15.0, 0.375], ["aten::mm", 1, 15.0, 0.375], ["aten::add", 1, 10.0, 0.25]])
+    assert gaps.by_kernel(idle).empty == idle.empty
     assert list(gaps.by_kernel(idle)) == ["name", "count", "us", "share"]
     assert list(gaps.by_range(idle)) == ["range", "count", "host_us", "kernels", "device_us"]
 

@@ -59,11 +59,18 @@ def test_a_share_is_taken_row_by_row() -> None:
     assert limits.floor(rows("ttft", (99, 0, 1.0)), FLOORS) is None
 
 
-def test_the_floor_of_a_prompt_length_is_the_one_without_a_position() -> None:
-    """The first position's floor for the mean over all."""
-    assert limits.of_length(FLOORS, "itl", 50) == 3.5
-    assert limits.of_length(FLOORS, "ttft", 50) == 6.0
-    assert limits.of_length(FLOORS, "ttft", 51) is None
+def test_a_table_has_the_limit_of_each_line() -> None:
+    """A pooled limit in the line of one prompt length, a share of another arm, or one without an interval."""
+    own = pd.concat([rows("ttft", *[(10, 0, 4.0)] * 7, *[(50, 0, 60.0)] * 6),
+                     rows("ttft", *[(10, 0, 2.0)] * 7, arm="hybrid")])
+    table = limits.beside(stats.summary(own), own, FLOORS)
+    found = table.set_index(["arm", "prompt_tokens"])[["limit", "of_limit"]]
+    assert found.loc[("eager", 10)].tolist() == [2.0, 0.5]
+    assert found.loc[("eager", 50)].tolist() == [6.0, 0.1]
+    assert found.loc[("eager", "all")].tolist() == [2.0, 0.5]
+    assert found.loc[("hybrid", "all")].tolist() == [2.0, 1.0]
+    few = limits.beside(stats.summary(own.iloc[:5]), own.iloc[:5], FLOORS)
+    assert few[["limit", "of_limit", "of_limit_low"]].iloc[0].tolist() == [2.0, None, None]
 
 
 def data(scale: float = 1.0) -> pd.DataFrame:

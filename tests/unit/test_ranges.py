@@ -62,6 +62,19 @@ def test_each_step_is_a_range_with_its_path_inside(domain: Domain, settings: dic
     assert [category for depth, category, *_ in domain.seen if depth == 1] == inside * NEW
 
 
+def test_each_segment_of_a_graph_in_pieces_is_a_range_with_its_number(domain: Domain) -> None:
+    """A replay of which a trace cannot say which piece took the time."""
+    with hl.Runtime("tiny", policy="piecewise", capture="sync", max_len=64, device="cpu") as runtime:
+        runtime.warm_up([len(PROMPT)])
+        domain.seen.clear()
+        runtime.generate(PROMPT, max_new_tokens=2, stop=[])
+        layers = runtime.model.config.num_hidden_layers
+    numbers = [payload for depth, category, _, payload in domain.seen if category == "segment"]
+    assert numbers == list(range(2 * layers + 1)) * 2  # graph, attention, graph, …, in prefill and decode
+    assert {depth for depth, category, *_ in domain.seen if category == "segment"} == {2}
+    assert domain.left == []
+
+
 def test_several_steps_a_launch_are_one_range(domain: Domain) -> None:
     """Positions that stand still while a graph decodes several tokens."""
     with hl.Runtime("tiny", policy="full", steps=4, capture="sync", max_len=64, device="cpu") as runtime:
@@ -92,6 +105,14 @@ def test_without_a_listener_nothing_is_made() -> None:
     """An object, a string or a lookup in each of a token's steps that nobody sees."""
     assert not ranges.listening()
     assert ranges.span("decode", 7) is ranges.span("capture", detail="x")
+
+
+def test_pytorchs_profiler_is_noticed_although_it_sees_no_range() -> None:
+    """It slows each operation: times taken under it that are not marked become latencies."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+        assert ranges.listening()
+        assert ranges.span("decode", 7) is ranges.span("capture", detail="x")
+    assert not ranges.listening()
 
 
 def test_pytorchs_profiler_sees_them_on_demand() -> None:

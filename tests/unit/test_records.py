@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from hybridlab import records
+from hybridlab import ranges, records
 from hybridlab.config import CacheConfig, RunConfig
 from hybridlab.errors import RunError
 
@@ -229,6 +229,20 @@ def test_the_owner_of_a_batch_has_the_last_word(tmp_path, monkeypatch):
         records.Run.create(inner_config)
 
 
+def test_what_a_joined_run_notes_is_there_at_once_and_in_the_manifest(tmp_path, monkeypatch):
+    """Floors, clocks and counters of a run that a notebook makes: lost, its figures and tables show no limit."""
+    outer = records.Run.create(CONFIG, tmp_path)
+    monkeypatch.setenv(records.RUN_VARIABLE, str(outer.path))
+    inner = records.Run.create(CONFIG)
+    inner.append([row()])
+    inner.finish("complete", extra={"roofline": {"floors": []}, "cell": 7})
+    assert records.read(outer.path).extra == {"roofline": {"floors": []}, "cell": 7}
+    assert outer.finish("complete", extra={"cell": None}) == "complete"
+    assert records.read(outer.path).extra == {"roofline": {"floors": []}, "cell": None}
+    records.keep(outer.path, tmp_path / "copy")
+    assert records.read(tmp_path / "copy").extra["roofline"] == {"floors": []}
+
+
 def test_a_failure_that_the_notebook_swallowed_still_fails_the_run(tmp_path, monkeypatch):
     """An except clause in a cell must not turn a failed measurement into a complete run."""
     outer = records.Run.create(CONFIG, tmp_path)
@@ -245,7 +259,7 @@ def cache_row(number=0, **changes):
     return {"part": "stream", "round": number, "setting": "default", "request": number, "prompt_tokens": 10,
             "bucket": 16, "index": 0, "metric": "ttft", "ms": 1.5, "path": "graph", "reason": "", "hits": 1,
             "misses": 0, "captures": 0, "evictions": 0, "failures": 0, "capture_ms": 0.0, "graphs": 1,
-            "graph_bytes": 64, "capturing": False} | changes
+            "graph_bytes": 64, "capturing": False, "ended_ns": None, "happened": None, "happened_ms": None} | changes
 
 
 def test_a_cache_run_keeps_its_kind_columns_and_config(tmp_path):
@@ -253,16 +267,19 @@ def test_a_cache_run_keeps_its_kind_columns_and_config(tmp_path):
     config = CacheConfig(trace="chat", compare=({"capture": "sync"}, {"buckets": [16, 64]}))
     run = records.Run.create(config, tmp_path)
     run.append([cache_row(0), cache_row(1, request=None, bucket=None)])
+    with ranges.recorded(print):
+        run.append([cache_row(2), cache_row(3, profiled=False)])
     assert json.loads((run.path / "config.json").read_text())["kind"] == "cache"
     assert records.kind(run.path) == "cache"
     run.finish("complete")
     found = records.read(run.path)
-    assert (found.kind, found.config, len(found.rows)) == ("cache", config, 2)
-    assert found.rows["request"].isna().tolist() == [False, True]
+    assert (found.kind, found.config, len(found.rows)) == ("cache", config, 4)
+    assert found.rows["request"].isna().tolist() == [False, True, False, False]
+    assert found.rows["profiled"].tolist() == [False, False, True, False]
     assert [str(found.rows[name].dtype) for name in ("request", "bucket", "capturing")] == ["Int64", "Int64", "bool"]
     with pytest.raises(RunError, match="wrong fields"):
         records.Run.create(config, tmp_path).append([row()])
-    with pytest.raises(RunError, match="only request, bucket may be empty"):
+    with pytest.raises(RunError, match="only request, bucket, ended_ns, happened, happened_ms, profiled may be empty"):
         records.Run.create(config, tmp_path).append([cache_row(metric=None)])
     target = tmp_path / "copy"
     records.keep(run.path, target)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hybridlab import report, stats
+from hybridlab import limits, report, stats
 from hybridlab.config import RunConfig
 
 FLOORS = pd.DataFrame([("ttft", 10, None, 2.0, "memory"), ("ttft", 50, None, 6.0, "arithmetic"),
@@ -26,8 +26,10 @@ def result(floors: pd.DataFrame | None, rounds: int = 9) -> Any:
                           "index": int(metric == "itl"), "position": length + (metric == "itl"), "ms": ms / speed}
                          for n in range(rounds) for arm, speed in SPEED.items()
                          for (metric, length), ms in times.items()])
+    table = stats.summary(rows, arms=list(SPEED))
+    table = table if floors is None else limits.beside(table, rows, floors)
     return SimpleNamespace(rows=rows, floors=floors, caption="run r1", config=RunConfig(arms=tuple(SPEED)),
-                           table=lambda: stats.summary(rows, arms=list(SPEED)))
+                           table=lambda: table)
 
 
 def test_the_limit_and_the_share_of_it_stand_beside_each_metric() -> None:

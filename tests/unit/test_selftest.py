@@ -28,7 +28,7 @@ def test_a_graph_that_loses_memory_to_another_is_noticed(monkeypatch: pytest.Mon
 
     def sharing(*args: Any, **kwargs: Any) -> Any:
         made = record(*args, **kwargs)
-        calls = made._calls
+        calls = made._parts
         pools.append(calls)
         made.reset = lambda: [calls.clear() for calls in pools]
         return made

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
-from hybridlab import schemas, serving
+from hybridlab import schemas, serving, tails
 from hybridlab.counters import Counters
 from hybridlab.errors import MeasureError, RunError
 from hybridlab.workload import Asked
@@ -72,9 +73,44 @@ def test_every_interval_has_a_row_and_every_count_an_interval() -> None:
     assert [row["ms"] for row in rows if row["request"] == 0][:3] == [1.5, 2.5, 3.5]
     assert rows[0]["ms"] == 7.0
     assert {(row["part"], row["setting"], row["round"]) for row in rows} == {("stream", "s", 5)}
-    table = pa.Table.from_pylist([row | {"run_id": "x"} for row in rows], schema=schemas.CACHE)
+    table = pa.Table.from_pylist([row | {"run_id": "x", "profiled": False} for row in rows], schema=schemas.CACHE)
     table.validate(full=True)
-    assert set(rows[0]) == set(schemas.CACHE.names) - {"run_id"}
+    assert set(rows[0]) == set(schemas.CACHE.names) - {"run_id", "profiled"}
+    ended = [row["ended_ns"] for row in rows if row["request"] is not None]
+    assert ended == sorted(ended)
+    assert all((row["ended_ns"] is None) == (row["happened"] is None) == (row["request"] is None) for row in rows)
+
+
+def test_each_interval_says_what_happened_in_it() -> None:
+    """A first token that waited for a capture or an eviction, under `unexplained`, or laid to its neighbour."""
+    class Evicting(Runtime):
+        def stream(self, ids: list[int], max_new_tokens: int, stop: list[int]) -> Iterator[Any]:
+            for token in super().stream(ids, max_new_tokens, stop):
+                token.ms = 1e-4
+                if len(ids) == 9:
+                    self.counters.evictions += 1
+                    gc.collect()
+                    token.ms = 0.5
+                self.capturing = False
+                yield token
+
+    asked: list[int] = []
+
+    class Clocks:
+        def sample(self) -> None:
+            asked.append(1)
+
+        def clock_changes(self, since_ns: int) -> pd.DataFrame:
+            return pd.DataFrame(columns=tails.HAPPENINGS)
+
+    clocks: Any = Clocks()
+    rows = [row for one in serving.serve(Evicting(), REQUESTS, PROMPTS, telemetry=clocks) for row in one.rows]
+    found = {(row["request"], row["metric"], row["index"]): row["happened"] for row in rows if row["happened"]}
+    seen = {key: set(what.split(", ")) - {"preemption"} for key, what in found.items()}
+    assert {key: kinds for key, kinds in seen.items() if kinds} == {
+        (0, "after", -1): {"capture"}, (1, "ttft", 0): {"garbage collection", "eviction"},
+        (1, "after", -1): {"capture"}, (2, "after", -1): {"capture"}}
+    assert len(asked) == len(REQUESTS)
 
 
 def test_the_collector_is_off_inside_requests_and_as_it_was_afterwards() -> None:

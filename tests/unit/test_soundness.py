@@ -28,7 +28,9 @@ def test_a_planted_drift_is_flagged_and_a_steady_run_is_not():
     drifting = soundness.steady(rows(quiet() * np.linspace(1, 1.1, 1000))).iloc[0]
     assert drifting["drifts"]
     assert drifting["drift"] == pytest.approx(0.095, abs=0.01)
-    assert "drifts by +9" in soundness.words(rows(quiet() * np.linspace(1, 1.1, 1000)))
+    words = soundness.words(rows(quiet() * np.linspace(1, 1.1, 1000), happened=None))
+    assert words.startswith("Before believing a number: a drift over the run in hybrid (ITL, +9")
+    assert "modes" not in words
 
 
 def test_two_prompt_lengths_are_not_two_modes():
@@ -36,7 +38,9 @@ def test_two_prompt_lengths_are_not_two_modes():
     both = pd.concat([rows(quiet(500)), rows(3 * quiet(500, 1), prompt_tokens=400)])
     assert not soundness.steady(both).iloc[0]["modes"]
     assert soundness.steady(both.assign(prompt_tokens=10)).iloc[0]["modes"]
-    assert soundness.words(both) == ""
+    assert soundness.words(both.assign(happened=None)) == ""
+    assert "two modes in hybrid (ITL, 50% of it 3 times as slow as the rest)" in soundness.words(
+        both.assign(prompt_tokens=10))
 
 
 def test_what_happened_in_slow_samples_is_told_from_what_always_happens():
@@ -50,6 +54,8 @@ def test_what_happened_in_slow_samples_is_told_from_what_always_happens():
     assert table.loc["clock change", "slow"] == 0.5
     assert table.loc["clock change", "others"] == pytest.approx(0.5, abs=0.01)
     assert table.loc["unexplained", "slow"] == 0.0
+    assert ("of the 10 values beyond the p99 of their arm, preemption 10 (of the rest 0.0%), unexplained 0"
+            in soundness.words(rows(ms, happened=happened)))
     assert soundness.slow(rows(quiet(100))).empty  # no p99
     assert soundness.slow(rows(quiet(), happened=None)).empty  # rows of an older run
 
@@ -99,8 +105,21 @@ def test_quantiles_name_only_what_the_sample_supports():
     assert line["p90_low"] <= line["p90"] <= line["p90_high"]
     assert (line["p95"], line["p99"]) == (None, None)
     assert line["max"] == rows(quiet(60))["ms"].max()
-    for grid in soundness.GRIDS.values():
-        assert all(len(row) == len(made.header) for made in [grid(rows(quiet()), "c")] for row in made.rows)
+
+
+def test_each_table_of_latencies_has_the_limit():
+    """A table without it calls fast what the machine could do ten times as fast."""
+    floors = pd.DataFrame([("itl", 10, 11, 1.5, "memory"), ("itl", 10, 1000, 1.5, "memory")],
+                          columns=["metric", "prompt_tokens", "position", "ms", "bound"]).astype({"position": "Int64"})
+    sample = rows(quiet(), position=11, device_ms=quiet() - 1, index=np.tile([1, 7], 500))
+    for name, grid in soundness.GRIDS.items():
+        for given in (None, floors):
+            made = grid(sample, "c", given)
+            assert made.rows
+            assert all(len(row) == len(made.header) for row in made.rows)
+            limited = given is not None and name in ("clocks", "quantiles", "generation")
+            assert (made.header[-2:] == ["limit, ms", "of limit"]) == limited
+            assert ("1.50" in made.rows[0] and "50% [" in made.rows[0][-1]) == limited
 
 
 def test_rows_under_a_profiler_never_become_a_latency():

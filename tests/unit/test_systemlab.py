@@ -50,6 +50,7 @@ def test_observing_a_token_is_counted_in_parts(model):
         parts = by_step["span"][turn] * 3 + by_step["stamp"][turn] + by_step["row"][turn]
         assert by_step["share"][turn] == pytest.approx(100 * parts / by_step["itl"][turn])
         assert min(by_step[step][turn] for step in ("span", "stamp", "row")) > 0
+    assert sorted(by_step["share"])[overhead.TURNS // 2] < 1.0  # % of a gap: what is observed must not be the observer
 
 
 def test_a_run_records_its_parts_and_reads_them_back(tmp_path):

@@ -135,3 +135,16 @@ def test_a_cpu_says_its_clock_where_the_kernel_does(monkeypatch, tmp_path):
         pass
     assert "clock_mhz" not in found.summary()
     assert found.summary()["load"]["min"] >= 0
+
+
+def test_what_was_read_is_said_where_it_speaks_against_the_times():
+    """A clock that was held down for half of a run, read, recorded, and never seen by whoever reads the result."""
+    def one(low, high, others=0.0, **reasons):
+        return {"readings": 10, "clock_mhz": {"min": low, "median": high, "max": high}, "reasons": reasons,
+                "other_processes": {"min": 0.0, "median": 0.0, "max": others}}
+
+    assert telemetry.words([one(1980.0, 1980.0), one(1975.0, 1980.0)]) == ""
+    assert telemetry.words([{"readings": 2, "load": {"min": 0.0, "median": 0.0, "max": 0.0}}]) == ""
+    found = telemetry.words([one(1980.0, 1980.0), one(1755.0, 1980.0, 1.0, **{"power cap": 4})])
+    assert found == ("While it ran, the clock moved between 1,755 and 1,980 MHz, power cap held it down in 4 of 20 "
+                     "readings, 1 other processes computed on the GPU.")

@@ -123,3 +123,31 @@ def test_a_long_legend_gets_lines(cache_rows):
     assert figure.layout.margin.t > panels.HEAD
     legend = static.render(figure).legends[0]
     assert legend.get_window_extent().x1 <= figure.layout.width
+
+
+FLOORS = pd.DataFrame([("ttft", length, None, length / 100, "memory") for length in range(1, 401)]
+                      + [("itl", 1, at, 0.5, "memory") for at in (1, 500)],
+                      columns=["metric", "prompt_tokens", "position", "ms", "bound"]).astype({"position": "Int64"})
+
+
+@pytest.mark.parametrize("draw", [timeline.over_time, timeline.first_tokens, timeline.disturbed])
+def test_latencies_stand_beside_the_limit(draw, cache_rows):
+    """A stream that a better cache could serve no faster looks slow without the least that the machine allows."""
+    rows = cache_rows(requests=20, gaps=40)
+    figure = draw(rows, "", FLOORS)
+    drawn = [trace for trace in figure.data if (trace.name or "").startswith("limit")]
+    assert [trace.showlegend for trace in drawn] == [True, False][:len(drawn)]
+    table = tallies.requests(rows).drop_duplicates("request").sort_values("request")
+    for trace in drawn:
+        across, up = (figure.layout[f"{name}axis{getattr(trace, name + 'axis')[1:]}"] for name in "xy")
+        if draw is timeline.over_time:
+            assert list(trace.x) == list(range(1, 21))
+            assert trace.y[0] == table["prompt_tokens"].iloc[0] / 100
+            assert trace.y[-1] == table["prompt_tokens"].iloc[-5:].median() / 100
+            assert max(trace.y) <= up.range[1]
+        else:
+            ms = tallies.requests(rows)["prompt_tokens"].median() / 100 if draw is timeline.first_tokens else 0.5
+            assert list(trace.x) == pytest.approx([ms, ms])
+            assert across.range[0] < math.log10(ms) < across.range[1]
+    assert len(drawn) == (2 if draw is timeline.disturbed else 1)
+    assert static.png(figure).startswith(b"\x89PNG")
