@@ -252,6 +252,11 @@ class LoweredExecutor:
             self.lookup.ensure(key)
 
     @property
+    def quick(self) -> bool:
+        return (self.lookup is not None and self.model.device.type == "cuda" and not self.cutting and not self.outside
+                and all(self._key("decode", 1, steps) in self.lookup.cache for steps in {1, self.config.steps}))
+
+    @property
     def capturing(self) -> bool:
         return self.lookup is not None and self.lookup.behind.busy
 

@@ -219,6 +219,7 @@ class Runtime:
                     if index:
                         self._require_open()
                         start = time.perf_counter_ns()
+                    if index or self._executor.quick:  # else the first token would wait for Python
                         self._launch(flying, asked.max_new_tokens - index)
                     launched = flying.popleft()
                     step = Step(self._executor.read(launched), launched.path, launched.reason)

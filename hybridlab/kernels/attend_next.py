@@ -196,7 +196,7 @@ def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_
         _turn[(positions.numel(), triton.cdiv(heads + 2 * kv_heads, TURNED_HEADS))](
             *given, out, k_cache.stride(1), capacity, heads, kv_heads, dim, halved, TURNED_HEADS, normed, pdl, **early)
         attend.forward(out.view(1, -1, heads, dim).transpose(1, 2), k_cache, v_cache, positions, scale, capacity,
-                       window, 0.0, out.view(1, -1, heads, dim))
+                       window, 0.0, out.view(1, -1, heads, dim), pdl)
         return
     _attend_next[(kv_heads, splits)](
         *given, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,

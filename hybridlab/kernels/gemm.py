@@ -5,12 +5,16 @@ after.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hybridlab import tuning
+from hybridlab.fusedops import halves
 from hybridlab.kernels.gemv import _launch, _start, _tuned
 from hybridlab.tuning import LIBRARY, Tile
 
@@ -30,33 +34,51 @@ def _norm(x, gain, eps, out, depth: tl.constexpr, padded: tl.constexpr, pdl: tl.
 
 
 @triton.jit
-def _gate(gate, up, out, count, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    opened = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    result = opened / (1 + tl.exp(-opened)) * tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=at < count)
+def _gate(both, out, rows, block: tl.constexpr):
+    """A part of one token: `rows` of the gate and after them as many that it lets through."""
+    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
+    gate = both + token * 2 * rows + column
+    opened = tl.load(gate, mask=column < rows, other=0.0).to(tl.float32)
+    result = opened / (1 + tl.exp(-opened)) * tl.load(gate + rows, mask=column < rows, other=0.0).to(tl.float32)
+    tl.store(out + token * rows + column, result.to(out.dtype.element_ty), mask=column < rows)
 
 
 @triton.jit
-def _times(rows, valid, x, token, tokens, depth: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
-    """The weights at addresses `rows` times every token, [rows, tokens] in float32.
+def _times(rows, valid, x, gain, eps, token, tokens, depth: tl.constexpr, normed: tl.constexpr, block: tl.constexpr,
+           stages: tl.constexpr):
+    """The weights at addresses `rows` times every token, [rows, tokens] in float32, or times RMSNorm of it.
 
     Weights are the left matrix: a matrix unit takes 64 of its rows at once, and of the right one's columns 8.
+
+    The mean square of a token is known at the end only. Until then its first chunk's stands for it, so that what is
+    rounded is in the range of the dtype: 1/16 in root mean square, which leaves room for a thousand times as much.
     """
     total = tl.zeros([rows.shape[0], token.shape[0]], dtype=tl.float32)
+    squares = tl.zeros([token.shape[0]], dtype=tl.float32)
+    factor = tl.zeros([token.shape[0]], dtype=tl.float32)
     column = tl.arange(0, block)
     for start in tl.range(0, depth, block, num_stages=stages):
         inside = start + column < depth
         left = tl.load(rows[:, None] + (start + column)[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         right = tl.load(x + token[None, :] * depth + (start + column)[:, None],
                         mask=(token < tokens)[None, :] & inside[:, None], other=0.0)
+        if normed:
+            wide = right.to(tl.float32)
+            part = tl.sum(wide * wide, 0)
+            squares += part
+            if start == 0:
+                factor = tl.rsqrt(part / block + eps) / 16
+            weight = tl.load(gain + start + column, mask=inside, other=0.0).to(tl.float32)
+            right = (wide * factor[None, :] * weight[:, None]).to(right.dtype)
         total = tl.dot(left, right, total, input_precision="ieee")
+    if normed:
+        total *= (tl.rsqrt(squares / depth + eps) / factor)[None, :]
     return total
 
 
 @triton.jit
-def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_rows, c_rows,
-             depth: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
+def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_rows, c_rows,
+             depth: tl.constexpr, normed: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
              block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """Rows of up to three matrices, side by side in `out`; `added` to it, or written over it."""
     _start(pdl)
@@ -70,7 +92,8 @@ def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_r
         weight, bias, rows, base = b, b_bias, b_rows, a_rows
         tile -= a_tiles
     row, token = tile * block_rows + tl.arange(0, block_rows), tl.arange(0, block_tokens)
-    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, token, tokens, depth, block, stages)
+    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, gain, eps, token, tokens, depth, normed,
+                    block, stages)
     inside = (row < rows)[:, None] & (token < tokens)[None, :]
     target = out + token[None, :] * width + base + row[:, None]
     if biased:
@@ -81,7 +104,7 @@ def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_r
 
 
 @triton.jit
-def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constexpr,
+def _swiglu(x, gain, eps, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constexpr,
             block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """A tile holds rows of gate and up in turn, so that one pass over x gives both."""
     _start(pdl)
@@ -90,7 +113,7 @@ def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constex
     slot = tl.arange(0, block_rows)
     feature = first + slot // 2
     both = tl.where(slot % 2 == 0, gate, up) + feature.to(tl.int64) * depth
-    total = _times(both, feature < rows, x, token, tokens, depth, block, stages)
+    total = _times(both, feature < rows, x, gain, eps, token, tokens, depth, True, block, stages)
     opened, given = tl.split(tl.trans(tl.reshape(total, [half, 2, block_tokens]), 0, 2, 1))
     row = first + tl.arange(0, half)
     tl.store(out + token[None, :] * rows + row[:, None], (opened / (1 + tl.exp(-opened)) * given).to(
@@ -101,43 +124,64 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
             b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.project` of several tokens; biases are given for all matrices or for none."""
     tile = tile or _tuned("project", len(x), out.shape[1], a)
-    normed = _normed(x, gain, eps, pdl)
     if tile == LIBRARY and b is not None and len(x) <= tuning.TOKENS[-1]:
         tile = Tile(128, 128 // x.element_size(), 4, 6)  # cuBLAS would multiply by each, one after the other
     if tile != LIBRARY:
-        _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)
+        _multiply(x, gain, eps, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)
         return
-    base = 0
-    for weight, bias in ((a, a_bias), (b, b_bias), (c, c_bias)):
-        if weight is not None:
-            part = out[:, base:base + len(weight)]
-            torch.mm(normed, weight.t(), out=part) if bias is None else torch.addmm(bias, normed, weight.t(), out=part)
-            base += len(weight)
+    _by_library(_normed(x, gain, eps, pdl), (a, b, c), (a_bias, b_bias, c_bias), out)
 
 
 def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.residual` of several tokens."""
     tile = tile or _tuned("residual", len(x), len(weight), weight)
     if tile != LIBRARY:
-        _multiply(x, (weight, None, None), (bias, None, None), True, pdl, out, tile)
+        _multiply(x, None, 0.0, (weight, None, None), (bias, None, None), True, pdl, out, tile)
         return
-    out.addmm_(x, weight.t())
+    with _fast_library(x):
+        out.addmm_(x, weight.t())
     if bias is not None:
         out += bias
 
 
-def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor,
+def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None, pdl: bool, out: Tensor,
            tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.swiglu` of several tokens."""
-    rows, depth = gate.shape
+    rows, depth = out.shape[1], x.shape[1]
     tile = tile or _tuned("swiglu", len(x), rows, gate)
-    normed = _normed(x, gain, eps, pdl)
     if tile != LIBRARY:
-        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](normed, gate, up, out, len(x), rows, depth, pdl, _held(x),
+        gate, up = halves(gate, up)
+        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](x, gain, eps, gate, up, out, len(x), rows, depth, pdl, _held(x),
                                                      tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
         return
-    opened, given = normed @ gate.t(), normed @ up.t()
-    _gate[(triton.cdiv(out.numel(), BLOCK),)](opened, given, out, out.numel(), BLOCK)
+    both = x.new_empty(len(x), 2 * rows)
+    _by_library(_normed(x, gain, eps, pdl), (gate, up), (None, None), both)
+    _gate[(len(x), triton.cdiv(rows, BLOCK))](both, out, rows, BLOCK)
+
+
+def _by_library(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], out: Tensor) -> None:
+    """Products with each matrix, side by side in `out`."""
+    base = 0
+    with _fast_library(x):
+        for weight, bias in zip(weights, biases, strict=True):
+            if weight is not None:
+                part = out[:, base:base + len(weight)]
+                torch.mm(x, weight.t(), out=part) if bias is None else torch.addmm(bias, x, weight.t(), out=part)
+                base += len(weight)
+
+
+@contextmanager
+def _fast_library(x: Tensor) -> Iterator[None]:
+    """On a GPU, products by cuBLASLt, which is the faster choice for the rows of a prompt."""
+    if not x.is_cuda:
+        yield
+        return
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float, pdl: bool) -> Tensor:
@@ -147,13 +191,13 @@ def _normed(x: Tensor, gain: Tensor, eps: float, pdl: bool) -> Tensor:
     return out
 
 
-def _multiply(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], added: bool, pdl: bool,
-              out: Tensor, tile: Tile) -> None:
+def _multiply(x: Tensor, gain: Tensor | None, eps: float, weights: tuple[Tensor | None, ...],
+              biases: tuple[Tensor | None, ...], added: bool, pdl: bool, out: Tensor, tile: Tile) -> None:
     sizes = [0 if weight is None else len(weight) for weight in weights]
-    given = [x if weight is None else weight for weight in weights] + [x if bias is None else bias for bias in biases]
+    given = [x if one is None else one for one in (*weights, *biases)]
     _project[(sum(triton.cdiv(size, tile.rows) for size in sizes),)](
-        x, *given, out, len(x), sum(sizes), *sizes, x.shape[1], biases[0] is not None, added, pdl,
-        _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
+        x, x if gain is None else gain, eps, *given, out, len(x), sum(sizes), *sizes, x.shape[1], gain is not None,
+        biases[0] is not None, added, pdl, _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
 
 
 def _held(x: Tensor) -> int:
