@@ -44,41 +44,25 @@ def _gate(both, out, rows, block: tl.constexpr):
 
 
 @triton.jit
-def _times(rows, valid, x, gain, eps, token, tokens, depth: tl.constexpr, normed: tl.constexpr, block: tl.constexpr,
-           stages: tl.constexpr):
-    """The weights at addresses `rows` times every token, [rows, tokens] in float32, or times RMSNorm of it.
+def _times(rows, valid, x, token, tokens, depth: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
+    """The weights at addresses `rows` times every token, [rows, tokens] in float32.
 
     Weights are the left matrix: a matrix unit takes 64 of its rows at once, and of the right one's columns 8.
-
-    The mean square of a token is known at the end only. Until then its first chunk's stands for it, so that what is
-    rounded is in the range of the dtype: 1/16 in root mean square, which leaves room for a thousand times as much.
     """
     total = tl.zeros([rows.shape[0], token.shape[0]], dtype=tl.float32)
-    squares = tl.zeros([token.shape[0]], dtype=tl.float32)
-    factor = tl.zeros([token.shape[0]], dtype=tl.float32)
     column = tl.arange(0, block)
     for start in tl.range(0, depth, block, num_stages=stages):
         inside = start + column < depth
         left = tl.load(rows[:, None] + (start + column)[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         right = tl.load(x + token[None, :] * depth + (start + column)[:, None],
                         mask=(token < tokens)[None, :] & inside[:, None], other=0.0)
-        if normed:
-            wide = right.to(tl.float32)
-            part = tl.sum(wide * wide, 0)
-            squares += part
-            if start == 0:
-                factor = tl.rsqrt(part / block + eps) / 16
-            weight = tl.load(gain + start + column, mask=inside, other=0.0).to(tl.float32)
-            right = (wide * factor[None, :] * weight[:, None]).to(right.dtype)
         total = tl.dot(left, right, total, input_precision="ieee")
-    if normed:
-        total *= (tl.rsqrt(squares / depth + eps) / factor)[None, :]
     return total
 
 
 @triton.jit
-def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_rows, c_rows,
-             depth: tl.constexpr, normed: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
+def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_rows, c_rows,
+             depth: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
              block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """Rows of up to three matrices, side by side in `out`; `added` to it, or written over it."""
     _start(pdl)
@@ -92,8 +76,7 @@ def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, 
         weight, bias, rows, base = b, b_bias, b_rows, a_rows
         tile -= a_tiles
     row, token = tile * block_rows + tl.arange(0, block_rows), tl.arange(0, block_tokens)
-    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, gain, eps, token, tokens, depth, normed,
-                    block, stages)
+    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, token, tokens, depth, block, stages)
     inside = (row < rows)[:, None] & (token < tokens)[None, :]
     target = out + token[None, :] * width + base + row[:, None]
     if biased:
@@ -104,7 +87,7 @@ def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, 
 
 
 @triton.jit
-def _swiglu(x, gain, eps, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constexpr,
+def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constexpr,
             block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """A tile holds rows of gate and up in turn, so that one pass over x gives both."""
     _start(pdl)
@@ -113,7 +96,7 @@ def _swiglu(x, gain, eps, gate, up, out, tokens, rows, depth: tl.constexpr, pdl:
     slot = tl.arange(0, block_rows)
     feature = first + slot // 2
     both = tl.where(slot % 2 == 0, gate, up) + feature.to(tl.int64) * depth
-    total = _times(both, feature < rows, x, gain, eps, token, tokens, depth, True, block, stages)
+    total = _times(both, feature < rows, x, token, tokens, depth, block, stages)
     opened, given = tl.split(tl.trans(tl.reshape(total, [half, 2, block_tokens]), 0, 2, 1))
     row = first + tl.arange(0, half)
     tl.store(out + token[None, :] * rows + row[:, None], (opened / (1 + tl.exp(-opened)) * given).to(
@@ -124,19 +107,20 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
             b_bias: Tensor | None, c_bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.project` of several tokens; biases are given for all matrices or for none."""
     tile = tile or _tuned("project", len(x), out.shape[1], a)
+    normed = _normed(x, gain, eps, pdl)
     if tile == LIBRARY and b is not None and len(x) <= tuning.TOKENS[-1]:
         tile = Tile(128, 128 // x.element_size(), 4, 6)  # cuBLAS would multiply by each, one after the other
     if tile != LIBRARY:
-        _multiply(x, gain, eps, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)
+        _multiply(normed, (a, b, c), (a_bias, b_bias, c_bias), False, pdl, out, tile)
         return
-    _by_library(_normed(x, gain, eps, pdl), (a, b, c), (a_bias, b_bias, c_bias), out)
+    _by_library(normed, (a, b, c), (a_bias, b_bias, c_bias), out)
 
 
 def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Tensor, tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.residual` of several tokens."""
     tile = tile or _tuned("residual", len(x), len(weight), weight)
     if tile != LIBRARY:
-        _multiply(x, None, 0.0, (weight, None, None), (bias, None, None), True, pdl, out, tile)
+        _multiply(x, (weight, None, None), (bias, None, None), True, pdl, out, tile)
         return
     with _fast_library(x):
         out.addmm_(x, weight.t())
@@ -149,13 +133,14 @@ def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None,
     """`hybridlab.fusedops.swiglu` of several tokens."""
     rows, depth = out.shape[1], x.shape[1]
     tile = tile or _tuned("swiglu", len(x), rows, gate)
+    normed = _normed(x, gain, eps, pdl)
     if tile != LIBRARY:
         gate, up = halves(gate, up)
-        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](x, gain, eps, gate, up, out, len(x), rows, depth, pdl, _held(x),
+        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](normed, gate, up, out, len(x), rows, depth, pdl, _held(x),
                                                      tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
         return
     both = x.new_empty(len(x), 2 * rows)
-    _by_library(_normed(x, gain, eps, pdl), (gate, up), (None, None), both)
+    _by_library(normed, (gate, up), (None, None), both)
     _gate[(len(x), triton.cdiv(rows, BLOCK))](both, out, rows, BLOCK)
 
 
@@ -191,13 +176,13 @@ def _normed(x: Tensor, gain: Tensor, eps: float, pdl: bool) -> Tensor:
     return out
 
 
-def _multiply(x: Tensor, gain: Tensor | None, eps: float, weights: tuple[Tensor | None, ...],
-              biases: tuple[Tensor | None, ...], added: bool, pdl: bool, out: Tensor, tile: Tile) -> None:
+def _multiply(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], added: bool, pdl: bool,
+              out: Tensor, tile: Tile) -> None:
     sizes = [0 if weight is None else len(weight) for weight in weights]
-    given = [x if one is None else one for one in (*weights, *biases)]
+    given = [x if weight is None else weight for weight in weights] + [x if bias is None else bias for bias in biases]
     _project[(sum(triton.cdiv(size, tile.rows) for size in sizes),)](
-        x, x if gain is None else gain, eps, *given, out, len(x), sum(sizes), *sizes, x.shape[1], gain is not None,
-        biases[0] is not None, added, pdl, _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
+        x, *given, out, len(x), sum(sizes), *sizes, x.shape[1], biases[0] is not None, added, pdl,
+        _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
 
 
 def _held(x: Tensor) -> int:

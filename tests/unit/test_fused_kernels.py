@@ -118,22 +118,6 @@ def test_swiglu_of_several_tokens(rows: int, tokens: int, dtype: torch.dtype) ->
         require_close(out, exact, dtype)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e3])
-@pytest.mark.parametrize("tile", [Tile(16, 16, 1, 2), Tile(64, 32, 4, 3)], ids=str)
-def test_a_norm_within_a_product_keeps_what_half_precision_can_hold(tile: Tile, scale: float) -> None:
-    """Tokens rounded before they are scaled: nothing left of the small ones, infinity of the large; or a first chunk of
-    zeros, which says nothing of the scale."""
-    torch.manual_seed(0)
-    x = noise(16, 100, scale=scale, dtype=torch.float16)
-    x[3, :32], x[5, 40] = 0, 60 * scale
-    gain, weight = noise(100, scale=3.0, dtype=torch.float16), noise(70, 100, scale=0.1, dtype=torch.float16)
-    args = (x, gain, 1e-12, weight, None, None, None, None, None, False)
-    out, exact = (torch.zeros(16, 70, device=DEVICE, dtype=d) for d in (torch.float16, torch.float64))
-    gemm.project(*args, out, tile=tile)
-    fusedops.project(*wide(args), exact)
-    require_close(out, exact, torch.float16)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("biased", [False, True])
