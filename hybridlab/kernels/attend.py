@@ -75,7 +75,6 @@ def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cach
     """
     if pdl:
         gdc_launch_dependents()
-        gdc_wait()
     kv_head = tl.program_id(0)
     packed = (tl.num_programs(1) - 1 - tl.program_id(1)) * block_rows + tl.arange(0, block_rows)
     token, head = packed // group, kv_head * group + packed % group
@@ -83,6 +82,8 @@ def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cach
     position = tl.load(positions + token, mask=valid, other=0).to(tl.int32)
     column = tl.arange(0, padded)
     inside = column < dim
+    if pdl:
+        gdc_wait()
     query = tl.load(q + head[:, None] * q_head + token[:, None] * q_row + column[None, :],
                     mask=valid[:, None] & inside[None, :], other=0.0)
     base = kv_head.to(tl.int64) * cache_head

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab.kernels import attend
-from hybridlab.kernels.gemv import _launch, _start
+from hybridlab.kernels.gemv import _launch
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -153,7 +153,8 @@ def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, 
           dim: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):
     """Some heads of one of several tokens: queries rotated into `out`, keys rotated and values as they are into the
     cache."""
-    _start(pdl)
+    if pdl:
+        gdc_launch_dependents()
     token, head = tl.program_id(0), tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     half: tl.constexpr = dim // 2
     fold = tl.arange(0, halved)
@@ -162,6 +163,8 @@ def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, 
     at = (token * (heads + 2 * kv_heads) + head)[:, None] * dim + fold[None, :]
     turn_cos = tl.load(cos + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
     turn_sin = tl.load(sin + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
+    if pdl:
+        gdc_wait()
     low, high = _half(qkv, q_gain, turn_cos, turn_sin, at, inside, dim, normed, eps)
     target = out + (token * heads + head)[:, None] * dim + fold[None, :]
     is_query = inside & (head < heads)[:, None]
