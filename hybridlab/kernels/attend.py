@@ -12,9 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-if hasattr(tl.extra, "cuda"):
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 BLOCK_COLUMNS = 64
 PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
 MOST_SPLITS = 16
@@ -67,14 +64,12 @@ def _fold(query, k_cache, v_cache, base, cache_row, first, last, position, windo
 def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cache_row, out_row, out_head,
             rows, group, span, window, scale, softcap,
             dim: tl.constexpr, padded: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
-            stages: tl.constexpr, capped: tl.constexpr, pdl: tl.constexpr):
+            stages: tl.constexpr, capped: tl.constexpr):
     """One program holds `block_rows` query rows of one KV head; a row is a (token, query head of the group) pair.
 
     Online softmax over blocks of cache rows, from the first that a window leaves visible to the last position; of
     blocks that every row sees whole nothing is masked. The longest programs begin first.
     """
-    if pdl:
-        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     packed = (tl.num_programs(1) - 1 - tl.program_id(1)) * block_rows + tl.arange(0, block_rows)
     token, head = packed // group, kv_head * group + packed % group
@@ -82,8 +77,6 @@ def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cach
     position = tl.load(positions + token, mask=valid, other=0).to(tl.int32)
     column = tl.arange(0, padded)
     inside = column < dim
-    if pdl:
-        gdc_wait()
     query = tl.load(q + head[:, None] * q_head + token[:, None] * q_row + column[None, :],
                     mask=valid[:, None] & inside[None, :], other=0.0)
     base = kv_head.to(tl.int64) * cache_head
@@ -227,16 +220,14 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tenso
 
 
 def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, span: int, window: int,
-            softcap: float, out: Tensor, pdl: bool = False) -> None:
+            softcap: float, out: Tensor) -> None:
     """The attention of `attend` of several rows that are in the cache. `out` may be the memory of q."""
     heads, rows, dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     block_rows, padded = 128 // q.element_size(), max(16, triton.next_power_of_2(dim))
-    block_columns = BLOCK_COLUMNS
     grid = (kv_heads, triton.cdiv(rows * group, block_rows))
     _attend[grid](q, k_cache, v_cache, positions, out, q.stride(1), q.stride(2), k_cache.stride(1), k_cache.stride(2),
                   out.stride(1), out.stride(2), rows, group, span, window, scale, softcap,
-                  dim, padded, block_rows, block_columns, STAGES if padded * q.element_size() <= 256 else 1,
-                  softcap > 0, pdl,
-                  **({"launch_pdl": True} if pdl else {}))
+                  dim, padded, block_rows, BLOCK_COLUMNS, STAGES if padded * q.element_size() <= 256 else 1,
+                  softcap > 0)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab.kernels import attend
-from hybridlab.kernels.gemv import _launch
+from hybridlab.kernels.gemv import _launch, _start
 
 if hasattr(tl.extra, "cuda"):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -153,8 +153,7 @@ def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, 
           dim: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):
     """Some heads of one of several tokens: queries rotated into `out`, keys rotated and values as they are into the
     cache."""
-    if pdl:
-        gdc_launch_dependents()
+    _start(pdl)
     token, head = tl.program_id(0), tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     half: tl.constexpr = dim // 2
     fold = tl.arange(0, halved)
@@ -163,8 +162,6 @@ def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, 
     at = (token * (heads + 2 * kv_heads) + head)[:, None] * dim + fold[None, :]
     turn_cos = tl.load(cos + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
     turn_sin = tl.load(sin + position * dim + fold, mask=fold < half, other=0.0).to(tl.float32)[None, :]
-    if pdl:
-        gdc_wait()
     low, high = _half(qkv, q_gain, turn_cos, turn_sin, at, inside, dim, normed, eps)
     target = out + (token * heads + head)[:, None] * dim + fold[None, :]
     is_query = inside & (head < heads)[:, None]
@@ -199,7 +196,7 @@ def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_
         _turn[(positions.numel(), triton.cdiv(heads + 2 * kv_heads, TURNED_HEADS))](
             *given, out, k_cache.stride(1), capacity, heads, kv_heads, dim, halved, TURNED_HEADS, normed, pdl, **early)
         attend.forward(out.view(1, -1, heads, dim).transpose(1, 2), k_cache, v_cache, positions, scale, capacity,
-                       window, 0.0, out.view(1, -1, heads, dim), pdl)
+                       window, 0.0, out.view(1, -1, heads, dim))
         return
     _attend_next[(kv_heads, splits)](
         *given, partial, arrived, out, k_cache.stride(1), capacity, heads // kv_heads, heads, kv_heads, scale,

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from hybridlab.kernels import attend, attend_next, gemv
+from hybridlab.kernels import attend_next, gemv
 
 WRITES = {"store", "atomic_add", "atomic_xchg", "atomic_cas", "atomic_max"}
 READ_EARLY = {"positions", "cos", "sin"}  # written by whole steps that have ended, or never
@@ -37,19 +37,19 @@ def waiting(module: ModuleType) -> list[tuple[str, ast.FunctionDef, int]]:
     return found
 
 
-EVERY = [pytest.param(*one, id=f"{module.__name__}.{one[0]}") for module in (gemv, attend, attend_next)
+EVERY = [pytest.param(*one, id=f"{module.__name__}.{one[0]}") for module in (gemv, attend_next)
          for one in waiting(module)]
 
 
 def test_all_kernels_that_start_early_are_looked_at() -> None:
     """A check of nothing."""
-    assert {param.values[0] for param in EVERY} == {"_project", "_swiglu", "_attend", "_attend_next", "_turn"}
+    assert {param.values[0] for param in EVERY} == {"_project", "_swiglu", "_attend_next"}
 
 
 @pytest.mark.parametrize(("name", "node", "line"), EVERY)
 def test_nothing_is_written_and_nobody_leaves_before_the_wait(name: str, node: ast.FunctionDef, line: int) -> None:
     """A buffer that the kernel before still reads is overwritten; a block that never waits lets its successors pass."""
-    functions = {**kernels(gemv), **kernels(attend), **kernels(attend_next)}
+    functions = {**kernels(gemv), **kernels(attend_next)}
 
     def writes(part: ast.AST) -> bool:
         return any(n in WRITES or (n in functions and writes(functions[n])) for n, _ in called(part))
