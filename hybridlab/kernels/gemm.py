@@ -5,8 +5,10 @@ after.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import triton
@@ -161,12 +163,23 @@ def _fast_library(x: Tensor) -> Iterator[None]:
     if not x.is_cuda:
         yield
         return
+    _warned()
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
         yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
+
+
+@cache
+def _warned() -> None:
+    """PyTorch warns once in a process that choosing a library is experimental; here that would tell nobody anything."""
+    before = torch.backends.cuda.preferred_blas_library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch.backends.cuda.preferred_blas_library(before)
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float, pdl: bool) -> Tensor:
