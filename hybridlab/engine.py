@@ -91,6 +91,7 @@ class Engine:
                     if index:
                         self.require_open()
                         start = time.perf_counter_ns()
+                    if index or self.executor.quick:  # else the first token would wait for Python
                         self._launch(flying, asked.max_new_tokens - index)
                     launched = flying.popleft()
                     step = Step(self.executor.read(launched), launched.path, launched.reason)

@@ -34,6 +34,7 @@ class Executor(Protocol):
 
     `prefill` launches a step and `decode` one or several, never more than `wanted`; `read` waits for the token of one.
     Steps are read in the order of their launch, and no more than the executor was made for are launched and not read.
+    `quick`: the next decode step is launched in one call, and runs while the host goes on.
     """
 
     def check(self) -> None: ...
@@ -51,6 +52,9 @@ class Executor(Protocol):
     def finish(self) -> None: ...
 
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None: ...
+
+    @property
+    def quick(self) -> bool: ...
 
     @property
     def capturing(self) -> bool: ...
@@ -113,7 +117,7 @@ class StockExecutor:
     def capture_for(self, lengths: list[int], sampling: Sampling) -> None:
         pass
 
-    capturing = False
+    quick = capturing = False
 
     def settle(self) -> None:
         pass

@@ -62,6 +62,8 @@ class Layer:
                                     for name in ("q_norm", "k_norm"))
         self.output, self.down = attention.o_proj, mlp.down_proj
         self.gate, self.up = mlp.gate_proj.weight, mlp.up_proj.weight
+        if (both := joined((self.gate, self.up))) is not None:
+            self.gate, self.up = both, None
         self.scale = float(attention.scaling)
         own = getattr(attention, "sliding_window", None)
         self.window = int((own if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", 0)) or 0)
@@ -111,11 +113,11 @@ class FusedStep(Program):
         torch.index_select(self.table, 0, self.inputs.ids[0], out=work.hidden.view(self.rows, -1))
         for layer, cache in zip(self.layers, self.caches, strict=True):
             self._attention(layer, cache, work)
-            self._mlp(layer, work)
-        norm, head, hidden = self.norm, self.head, work.hidden
-        if self.rows > 1:
-            hidden = hidden.index_select(0, self.inputs.last)[0]
-        self.ops.project.default(hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
+            if self.rows > 1 and layer is self.layers[-1]:  # of which only keys and values of other rows are needed
+                work = self._last_row(work)
+            self._rest(layer, work)
+        norm, head = self.norm, self.head
+        self.ops.project.default(work.hidden, norm.weight, norm.variance_epsilon, head.weight, None, None, head.bias,
                                  None, None, self.pdl, self.logits)
 
     def _attention(self, layer: Layer, cache: tuple[Tensor, Tensor], work: _Work) -> None:
@@ -125,9 +127,15 @@ class FusedStep(Program):
         self.ops.attend_next.default(work.qkv, self.cos, self.sin, layer.q_gain, layer.k_gain, norm.variance_epsilon,
                                      *cache, self.inputs.positions, layer.scale, layer.window, self.pdl,
                                      self.partial, self.arrived, work.mixed)
-        self.ops.residual.default(work.mixed, layer.output.weight, layer.output.bias, self.pdl, work.hidden)
 
-    def _mlp(self, layer: Layer, work: _Work) -> None:
+    def _last_row(self, work: _Work) -> _Work:
+        """That of the last token, whose logits are wanted, as of a step of one token."""
+        hidden, mixed = (rows.index_select(0, self.inputs.last)[0] for rows in (work.hidden, work.mixed))
+        return _Work(hidden, work.qkv[0], mixed, work.opened[0])
+
+    def _rest(self, layer: Layer, work: _Work) -> None:
+        """Of a layer, what each token does by itself."""
+        self.ops.residual.default(work.mixed, layer.output.weight, layer.output.bias, self.pdl, work.hidden)
         norm = layer.norms[1]
         self.ops.swiglu.default(work.hidden, norm.weight, norm.variance_epsilon, layer.gate, layer.up, self.pdl,
                                 work.opened)

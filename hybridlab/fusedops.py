@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 SCHEMAS = {
     "project": "(Tensor x, Tensor gain, float eps, Tensor a, Tensor? b, Tensor? c, Tensor? a_bias, Tensor? b_bias, "
     "Tensor? c_bias, bool pdl, Tensor(a!) out) -> ()",
-    "swiglu": "(Tensor x, Tensor gain, float eps, Tensor gate, Tensor up, bool pdl, Tensor(a!) out) -> ()",
+    "swiglu": "(Tensor x, Tensor gain, float eps, Tensor gate, Tensor? up, bool pdl, Tensor(a!) out) -> ()",
     "residual": "(Tensor x, Tensor weight, Tensor? bias, bool pdl, Tensor(a!) out) -> ()",
     "attend_next": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_gain, Tensor? k_gain, float eps, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, float scale, int window, bool pdl, "
@@ -42,8 +42,11 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
     out.copy_(torch.cat(parts, dim=-1).to(x.dtype))
 
 
-def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor) -> None:
-    """out <- SiLU(gate @ RMSNorm(x)) * (up @ RMSNorm(x)). x, gain: [depth]; gate, up: [rows, depth]; out: [rows]."""
+def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None, pdl: bool, out: Tensor) -> None:
+    """out <- SiLU(gate @ RMSNorm(x)) * (up @ RMSNorm(x)). x, gain: [depth]; gate, up: [rows, depth]; out: [rows].
+
+    Without `up`, `gate` holds both, one below the other."""
+    gate, up = halves(gate, up)
     normed = _normed(x, gain, eps)
     out.copy_(silu(_times(gate, normed)) * _times(up, normed))
 
@@ -86,6 +89,12 @@ def attend_next(qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
     values = torch.where(visible.any(0)[:, None], _wide(v_cache[0]), 0)  # rows never written may hold anything
     out.copy_((weights @ values[:, None]).permute(2, 0, 1, 3).reshape(out.shape))
+
+
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two matrices of `swiglu`."""
+    first, second = gate.chunk(2) if up is None else (gate, up)
+    return first, second
 
 
 def _wide(x: Tensor) -> Tensor:

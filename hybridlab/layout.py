@@ -3,17 +3,19 @@ once. Nothing is copied for good: the parameters become parts of one block, with
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
-TOGETHER = ("q_proj", "k_proj", "v_proj")  # of one attention, as transformers names them
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module, as transformers names them
 
 
 def lay_side_by_side(model: torch.nn.Module) -> None:
-    """Lay the projections of every attention of `model` side by side, weights and biases. Memory peaks at one
-    layer's more. What holds their old addresses must not exist yet."""
-    for module in model.modules():
-        found = [getattr(module, name, None) for name in TOGETHER]
+    """Lay the projections of every attention of `model` side by side, and those of every gated MLP, weights and
+    biases. Memory peaks at one layer's more. What holds their old addresses must not exist yet."""
+    for module, names in product(model.modules(), TOGETHER):
+        found = [getattr(module, name, None) for name in names]
         if all(type(one) is torch.nn.Linear for one in found):
             for name in ("weight", "bias"):
                 parts = [getattr(one, name) for one in found]

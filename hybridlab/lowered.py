@@ -21,7 +21,7 @@ from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
 from hybridlab.plan import Plan
 from hybridlab.ranges import span
-from hybridlab.readback import Readback, Ring
+from hybridlab.readback import Prompt, Readback, Ring
 from hybridlab.sampling import Controls
 
 assert kernels, ops  # both register the namespaces that programs call
@@ -49,9 +49,7 @@ class LoweredExecutor:
         self.looping = loop.wanted(config, model.device)
         self.kv = StaticKV(model.config, max_len, model.device, model.dtype)
         self.logits = torch.zeros(model.config.vocab_size, device=model.device)
-        self.prompt = torch.zeros(max_len, dtype=torch.int64, device=model.device)
-        self.length = torch.ones(1, dtype=torch.int64, device=model.device)
-        self.staging = torch.zeros(max_len, dtype=torch.int64, pin_memory=model.device.type == "cuda")
+        self.prompt = Prompt(max_len, model.device, mapped=self.namespace == JIT)
         self.inputs: dict[tuple[str, int], Inputs] = {}
         self.programs: dict[tuple[str, str, int], Program] = {}
         self.positions = self.program("decode", 1).inputs.positions
@@ -102,9 +100,7 @@ class LoweredExecutor:
 
     def prefill(self, ids: list[int]) -> Launched:
         self.asked_at, count = time.perf_counter(), len(ids)
-        self.staging[:count] = torch.tensor(ids)
-        self.prompt[:count].copy_(self.staging[:count], non_blocking=True)
-        self.length.fill_(count)
+        self.prompt.put(ids)
         self.bucket, self.at = bucket_for(count, self.buckets), count
         with span("prefill", count):
             return self._launch("prefill", self.bucket or count)
@@ -183,7 +179,7 @@ class LoweredExecutor:
     def _prepare(self, phase: str, program: Program) -> None:
         ids, positions, last = program.inputs
         if phase == "prefill":
-            self.controls.ops.pad.default(self.prompt, self.length, ids, last)
+            self.controls.ops.pad.default(self.prompt.ids, self.prompt.count, ids, last)
             self.positions.copy_(last)
         else:
             self.controls.ops.advance.default(self.controls.token, ids, positions)
@@ -210,7 +206,7 @@ class LoweredExecutor:
                 if key.steps > 1:
                     self.ring.emit()
 
-        buffers = [*program.buffers, *self.controls.buffers, self.prompt, self.length, self.positions,
+        buffers = [*program.buffers, *self.controls.buffers, self.prompt.ids, self.prompt.count, self.positions,
                    *self.ring.buffers]
         return Job(key, function, buffers, [*program.inputs, self.controls.token, self.positions], self._cut(key),
                    pin=key.phase == "decode", repeat=self.ring.state if self.looping and key.steps > 1 else None)
@@ -250,6 +246,11 @@ class LoweredExecutor:
         decode = [self._key("decode", 1, steps) for steps in {1, self.config.steps}]
         for key in [*(self._key("prefill", r) for r in sorted(rows, reverse=True)), *decode]:
             self.lookup.ensure(key)
+
+    @property
+    def quick(self) -> bool:
+        return (self.lookup is not None and self.model.device.type == "cuda" and not self.cutting and not self.outside
+                and all(self._key("decode", 1, steps) in self.lookup.cache for steps in {1, self.config.steps}))
 
     @property
     def capturing(self) -> bool:

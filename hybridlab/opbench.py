@@ -149,7 +149,8 @@ class _Products(Work):
             return self.before[None, None] + linear(x, matrices[0])
         normed = _rms_norm(x, self.weights.gain)
         if self.kind == "swiglu":
-            return silu(linear(normed, matrices[0])) * linear(normed, matrices[1])
+            gate, up = matrices[0].chunk(2)
+            return silu(linear(normed, gate)) * linear(normed, up)
         return [linear(normed, matrix) for matrix in matrices[0].split(self.weights.product.parts)]
 
     def exact(self) -> Tensor:

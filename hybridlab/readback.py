@@ -1,9 +1,9 @@
-"""Tokens on their way to the host, which may launch further steps before it reads them."""
+"""Tokens on their way to the device, and back to the host, which may launch further steps before it reads them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,28 @@ from hybridlab.errors import HybridlabError
 STOPS = 16         # tokens that end a request on the device; further ones are left to the host
 NO_TOKEN = -2      # -1 is what is drawn from logits that are not finite
 NUMBER = 32        # bits below the number of a token
+
+
+class Prompt:
+    """The ids of one prompt and their number where a step reads them: int64 `ids` [most] and `count` [1].
+
+    `mapped`: on a GPU both stay in pinned memory of the host, for kernels that read it by themselves. Every call to
+    the driver before the first kernel is time in which the device does nothing.
+    """
+
+    def __init__(self, most: int, device: torch.device, mapped: bool) -> None:
+        self._host = torch.zeros(most + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._host[0] = 1
+        self._there = self._host if mapped else self._host.to(device)  # on a CPU the same
+        self.count, self.ids = self._there[:1], self._there[1:]
+        self._seen = self._host.numpy()
+
+    def put(self, ids: Sequence[int]) -> None:
+        """The step that read the ids before must have given its token out, or be of no interest any more."""
+        end = len(ids) + 1
+        self._seen[0], self._seen[1:end] = len(ids), ids
+        if self._there is not self._host:
+            self._there[:end].copy_(self._host[:end], non_blocking=True)
 
 
 class Readback:
@@ -27,6 +49,7 @@ class Readback:
         self.token, self.depth, self._sent = token, depth, 0
         self._cuda = token.device.type == "cuda"
         self._host = torch.zeros(depth, dtype=torch.int64, pin_memory=self._cuda)
+        self._seen = self._host.numpy()
         self._events: list[torch.cuda.Event] = []  # of a request: its beginning, and each value on the host
         self.start()
 
@@ -51,7 +74,7 @@ class Readback:
         """The value of this number; waits until it has arrived."""
         if self._cuda:
             self._events[number + 1].synchronize()
-        return int(self._host[number % self.depth])
+        return int(self._seen[number % self.depth])
 
     def device_ms(self, count: int) -> list[float]:
         """By the device's clock, ms from the request's start to its first value and from each to the next, of the

@@ -82,7 +82,7 @@ class Weights:
             return torch.empty(shape, dtype=dtype, device=device).normal_(std=std, generator=generator)
 
         depth, of = product.depth, (product.tokens,) if product.tokens > 1 else ()
-        together = (sum(product.parts),) if product.op == "project" else product.parts  # as `layout` lays them
+        together = (sum(product.parts),)  # as `layout` lays them
         self.copies = [[noise(rows, depth, std=depth**-0.5) for rows in together] for _ in range(copies)]
         self.x, self.gain = noise(*of, depth), noise(depth)
         self.out = torch.zeros(*of, product.rows, dtype=dtype, device=device)
@@ -94,7 +94,7 @@ class Weights:
         pdl = self.pdl if pdl is None else pdl
         if self.product.op == "residual":
             return self.x, matrices[0], None, pdl, self.out
-        every = [*matrices, None, None][:3] + [None] * 3 if self.product.op == "project" else matrices
+        every = [*matrices, None, None][:3] + [None] * 3 if self.product.op == "project" else [*matrices, None]
         return self.x, self.gain, EPS, *every, pdl, self.out
 
     def launches(self, tile: Tile) -> list[partial[None]]:

@@ -41,7 +41,7 @@ def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
 
     Compiles the kernel for the shapes of `args` if that has not happened yet.
     """
-    if args[0].is_cuda:
+    if args[0].is_cuda or args[-1].is_cuda:  # what a step reads first, or writes last, may lie on the host
         several = args[0].dim() == 2 and name in OF_SEVERAL
         return partial((OF_SEVERAL if several else TRITON)[name], *args)
     return inductor.bind(name, args)

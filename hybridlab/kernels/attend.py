@@ -15,6 +15,7 @@ from torch import Tensor
 BLOCK_COLUMNS = 64
 PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
 MOST_SPLITS = 16
+STAGES = 2       # blocks of keys and values under way, of heads up to 256 bytes
 WAVES = 2        # programs of attention for each multiprocessor
 
 
@@ -31,52 +32,69 @@ def _write(k, v, k_cache, v_cache, positions, k_head, k_row, v_head, v_row, cach
 
 
 @triton.jit
+def _fold(query, k_cache, v_cache, base, cache_row, first, last, position, window, scale, softcap, top, total, mixed,
+          dim: tl.constexpr, padded: tl.constexpr, block: tl.constexpr, masked: tl.constexpr, capped: tl.constexpr):
+    """One block of keys and values into the running softmax of base 2. Unmasked, every row sees all of the block."""
+    row, column = first + tl.arange(0, block), tl.arange(0, padded)
+    inside = (column < dim)[None, :]
+    if masked:
+        inside = inside & (row < last)[:, None]
+    at = base + row.to(tl.int64)[:, None] * cache_row + column[None, :]
+    key = tl.load(k_cache + at, mask=inside, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if capped:
+        scores = (1 - 2 / (tl.exp(2 * (scores / softcap)) + 1)) * softcap
+    scores *= 1.4426950408889634
+    if masked:
+        visible = (row < last)[None, :] & (row[None, :] <= position[:, None])
+        if window > 0:
+            visible = visible & (row[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    safe = higher
+    if masked:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+    kept, weight = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
+    value = tl.load(v_cache + at, mask=inside, other=0.0)
+    mixed = mixed * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    return higher, total * kept + tl.sum(weight, 1), mixed
+
+
+@triton.jit
 def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cache_row, out_row, out_head,
             rows, group, span, window, scale, softcap,
-            dim: tl.constexpr, padded: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr):
+            dim: tl.constexpr, padded: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+            stages: tl.constexpr, capped: tl.constexpr):
     """One program holds `block_rows` query rows of one KV head; a row is a (token, query head of the group) pair.
 
-    Online softmax over blocks of cache rows, from the first that a window leaves visible to the last position.
+    Online softmax over blocks of cache rows, from the first that a window leaves visible to the last position; of
+    blocks that every row sees whole nothing is masked. The longest programs begin first.
     """
     kv_head = tl.program_id(0)
-    packed = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    packed = (tl.num_programs(1) - 1 - tl.program_id(1)) * block_rows + tl.arange(0, block_rows)
     token, head = packed // group, kv_head * group + packed % group
     valid = token < rows
-    position = tl.load(positions + token, mask=valid, other=0)
+    position = tl.load(positions + token, mask=valid, other=0).to(tl.int32)
     column = tl.arange(0, padded)
     inside = column < dim
     query = tl.load(q + head[:, None] * q_head + token[:, None] * q_row + column[None, :],
                     mask=valid[:, None] & inside[None, :], other=0.0)
-    last = tl.minimum(tl.max(position, 0) + 1, span)
-    first = tl.zeros([], dtype=tl.int64)
+    base = kv_head.to(tl.int64) * cache_head
+    last, begin = tl.minimum(tl.max(position, 0) + 1, span), 0
+    earliest = tl.min(tl.where(valid, position, 2147483647), 0)
+    whole = tl.minimum(earliest + 1, span) // block_columns * block_columns
     if window > 0:
-        earliest = tl.min(tl.where(valid, position, 9223372036854775807), 0) - window + 1
-        first = tl.maximum(earliest, 0) // block_columns * block_columns
+        begin = tl.maximum(earliest - window + 1, 0) // block_columns * block_columns
+        whole = begin
     top = tl.full([block_rows], float("-inf"), dtype=tl.float32)
     total = tl.zeros([block_rows], dtype=tl.float32)
     mixed = tl.zeros([block_rows, padded], dtype=tl.float32)
-    while first < last:
-        key_row = first + tl.arange(0, block_columns)
-        there = key_row < last
-        at = kv_head * cache_head + key_row[:, None] * cache_row + column[None, :]
-        key = tl.load(k_cache + at, mask=there[:, None] & inside[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if softcap > 0:
-            bent = scores / softcap
-            scores = (1 - 2 / (tl.exp(2 * bent) + 1)) * softcap
-        visible = there[None, :] & (key_row[None, :] <= position[:, None])
-        if window > 0:
-            visible = visible & (key_row[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        kept = tl.exp(top - safe)
-        weight = tl.exp(scores - safe[:, None])
-        value = tl.load(v_cache + at, mask=there[:, None] & inside[None, :], other=0.0)
-        mixed = mixed * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        total = total * kept + tl.sum(weight, 1)
-        top = higher
-        first += block_columns
+    for first in tl.range(0, whole if window == 0 else 0, block_columns, num_stages=stages):
+        top, total, mixed = _fold(query, k_cache, v_cache, base, cache_row, first, last, position, window, scale,
+                                  softcap, top, total, mixed, dim, padded, block_columns, False, capped)
+    for first in tl.range(whole, last, block_columns, num_stages=stages):
+        top, total, mixed = _fold(query, k_cache, v_cache, base, cache_row, first, last, position, window, scale,
+                                  softcap, top, total, mixed, dim, padded, block_columns, True, capped)
     result = mixed / total[:, None]
     target = token[:, None] * out_row + head[:, None] * out_head + column[None, :]
     tl.store(out + target, result.to(out.dtype.element_ty), mask=valid[:, None] & inside[None, :])
@@ -207,8 +225,9 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scal
     heads, rows, dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
-    block_rows = 128 // q.element_size()
+    block_rows, padded = 128 // q.element_size(), max(16, triton.next_power_of_2(dim))
     grid = (kv_heads, triton.cdiv(rows * group, block_rows))
     _attend[grid](q, k_cache, v_cache, positions, out, q.stride(1), q.stride(2), k_cache.stride(1), k_cache.stride(2),
                   out.stride(1), out.stride(2), rows, group, span, window, scale, softcap,
-                  dim, max(16, triton.next_power_of_2(dim)), block_rows, BLOCK_COLUMNS)
+                  dim, padded, block_rows, BLOCK_COLUMNS, STAGES if padded * q.element_size() <= 256 else 1,
+                  softcap > 0)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab import tuning
+from hybridlab.fusedops import halves
 from hybridlab.tuning import Tile
 
 if hasattr(tl.extra, "cuda"):
@@ -128,9 +129,10 @@ def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Ten
                                               **_launch(pdl, tile))
 
 
-def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor, pdl: bool, out: Tensor,
+def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None, pdl: bool, out: Tensor,
            tile: Tile | None = None) -> None:
     """`hybridlab.fusedops.swiglu` of one token in one launch."""
+    gate, up = halves(gate, up)
     rows, depth = gate.shape
     tile = tile or _tuned("swiglu", 1, rows, gate)
     _swiglu[(triton.cdiv(rows, tile.rows),)](x, gain, eps, gate, up, out, rows, depth, pdl, tile.rows, tile.columns,

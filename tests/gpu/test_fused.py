@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hybridlab as hl
 from hybridlab import loop
+from hybridlab.kernels import gemm
+from hybridlab.tuning import LIBRARY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -56,6 +58,29 @@ def test_starting_early_changes_no_bit(dtype: torch.dtype) -> None:
                 ids = runtime.generate(PROMPT, max_new_tokens=240, stop=[]).ids
                 drawn.add((*ids, runtime._executor.logits.double().sum().item()))
     assert len(drawn) == 1
+
+
+def test_decode_begins_before_the_first_token_is_read() -> None:
+    """A GPU that idles between prefill and decode until the host has read a token and launched."""
+    model = build("llama", torch.float32)
+    with fused(model, run_ahead=1) as runtime:
+        assert not runtime._executor.quick  # nothing is captured yet
+        runtime.warm_up([len(PROMPT)])
+        assert runtime._executor.quick
+        ids = runtime.generate(PROMPT, max_new_tokens=8, stop=[]).ids
+        assert runtime.counters.discarded == 0
+        assert runtime.generate(PROMPT, max_new_tokens=8, stop=ids[:1]).ids == ids[:1]
+        assert runtime.counters.discarded == 1
+
+
+def test_the_library_is_chosen_for_prompts_alone() -> None:
+    """A setting of PyTorch's that a step leaves behind for everybody else."""
+    before = torch.backends.cuda.preferred_blas_library()
+    x, weight, out = (torch.randn(*shape, device="cuda").half() for shape in ((70, 64), (32, 64), (70, 32)))
+    exact = out.double() + x.double() @ weight.double().t()
+    gemm.residual(x, weight, None, False, out, tile=LIBRARY)
+    assert torch.allclose(out.double(), exact, atol=0.05)
+    assert torch.backends.cuda.preferred_blas_library() == before
 
 
 @pytest.mark.parametrize("repeat", ["unrolled", "while"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,25 @@ def test_tokens_are_those_of_the_stock_model(family: str, arm: str) -> None:
         assert out.ids == tokens(model)
         assert runtime.counters.failures == 0
     assert set(out.paths) == {"graph" if arm == "hybrid" else "jit"}
+
+
+def test_the_last_layer_works_for_the_last_row_alone() -> None:
+    """Arithmetic for rows whose logits nobody asks for; or a row before the last one taken for it."""
+    model, seen = build("llama"), []
+    with fused(model, arm="jit") as runtime:
+        program = runtime._executor.program("prefill", 64)
+        ops = {name: getattr(program.ops, name).default for name in ("project", "residual", "swiglu", "attend_next")}
+
+        class Noted:
+            def __getattr__(self, name: str) -> Any:
+                def call(x: torch.Tensor, *args: Any) -> None:
+                    seen.append((name, x.dim()))
+                    ops[name](x, *args)
+                return SimpleNamespace(default=call)
+        program.ops = Noted()
+        assert runtime.generate(PROMPT, max_new_tokens=3, stop=[]).ids == tokens(model, 3)
+    whole = [("project", 2), ("attend_next", 2), ("residual", 2), ("swiglu", 2), ("residual", 2)]
+    assert seen == whole + whole[:2] + [("residual", 1), ("swiglu", 1), ("residual", 1), ("project", 1)]
 
 
 def test_embedded_model_draws_the_same_with_and_without() -> None:

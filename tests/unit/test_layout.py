@@ -30,9 +30,12 @@ def test_values_stay_and_nothing_is_held_twice(family: str) -> None:
     assert sum(held.values()) == sum(p.nbytes for p in model.parameters())
     if family != "gpt2":  # which has one matrix for all three from the start
         attention = model.model.layers[1].self_attn
-        parts = tuple(getattr(attention, name).weight for name in layout.TOGETHER)
+        parts = tuple(getattr(attention, name).weight for name in layout.TOGETHER[0])
         assert torch.equal(layout.joined(parts), torch.cat(parts))
         assert layout.joined(parts[::-1]) is None
+    if family in ("llama", "qwen2"):
+        both = [getattr(model.model.layers[1].mlp, name).weight for name in layout.TOGETHER[1]]
+        assert torch.equal(layout.joined(tuple(both)), torch.cat(both))
 
 
 def test_loaded_models_are_laid_out_and_given_ones_left_alone() -> None:
@@ -40,11 +43,13 @@ def test_loaded_models_are_laid_out_and_given_ones_left_alone() -> None:
     loaded = models.load("tiny", device="cpu")
 
     def parts(model: Any) -> tuple[Any, ...]:
-        return tuple(getattr(model.model.layers[0].self_attn, name).weight for name in layout.TOGETHER)
+        return tuple(getattr(model.model.layers[0].self_attn, name).weight for name in layout.TOGETHER[0])
     assert layout.joined(parts(loaded)) is not None
     assert fused.Layer(loaded.model.layers[0], loaded.config).qkv[1:] == [None, None]
+    assert fused.Layer(loaded.model.layers[0], loaded.config).up is None
     given = AutoModelForCausalLM.from_config(loaded.config)
     assert None not in fused.Layer(given.model.layers[0], given.config).qkv
+    assert fused.Layer(given.model.layers[0], given.config).up is not None
     before = [p.data_ptr() for p in given.parameters()]
     assert [p.data_ptr() for p in models.load(given, device="cpu").parameters()] == before
 

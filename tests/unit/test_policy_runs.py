@@ -87,6 +87,23 @@ def test_running_ahead_loses_and_adds_no_token(model: PreTrainedModel, reference
         assert rt.generate(PROMPT, max_new_tokens=40, stop=[]).ids == reference
 
 
+def test_decode_that_is_one_call_begins_before_the_first_token_is_read(
+        model: PreTrainedModel, reference: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that idles between prefill and decode, for as long as the host takes to read one token and launch; or a
+    CPU, where launching is running, that has to decode before it gives the first token out."""
+    stop = {"max_new_tokens": 40, "stop": [reference[0]]}
+    with runtime(model, policy="full", run_ahead=2) as rt:
+        rt.warm_up([len(PROMPT)])
+        assert rt.generate(PROMPT, **stop).ids == reference[:1]
+        assert rt.counters.discarded == 0
+        monkeypatch.setattr(type(rt._executor), "quick", True)
+        assert rt.generate(PROMPT, **stop).ids == reference[:1]
+        assert rt.counters.discarded == 2
+        for new in (1, 2, 40):
+            assert rt.generate(PROMPT, max_new_tokens=new, stop=[]).ids == reference[:new]
+        assert rt.counters.discarded == 2
+
+
 @pytest.mark.parametrize("arm", ["eager", "jit"])
 def test_arms_without_graphs_run_ahead_too(model: PreTrainedModel, reference: list[int], arm: str) -> None:
     """A setting that one arm ignores: arms would be compared under different protocols."""
