@@ -10,6 +10,9 @@ READY := .venv/.ready
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TOKENIZERS_PARALLELISM := false
 
+# Two files of tests side by side, each on one thread; with a GPU one after the other, as they watch its memory.
+SIDE_BY_SIDE := $(if $(shell command -v nvidia-smi 2>/dev/null),,-n 2 --dist loadfile)
+
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test lab lint setup compiler chromium clean
 
@@ -22,7 +25,7 @@ reproduce: compiler $(READY) ## run the four-arm ablation on the embedded model 
 
 test: compiler $(READY) lint chromium ## check style and types, then run every test that this machine can run
 	@echo "==> tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lab: compiler $(READY) ## open the notebooks in JupyterLab, reachable from this machine only
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
