@@ -45,7 +45,8 @@ class Explorer:
     """Pick a model, arms and a prompt; press Run; watch tokens, the path of each, and their times as they come.
 
     `settings` are values of the controls, and fields of `RunConfig` that have none (device, dtype, top_k, ...);
-    `theme` is of the figure, "light" or "dark". Nothing runs until the button is pressed. `rows` are those of the last run.
+    `theme` is of the figure, "light" or "dark". Nothing runs until the button is pressed. `rows` are those of the last
+    run.
     """
 
     def __init__(self, settings: Mapping[str, Any] = MappingProxyType({}), theme: str = "light") -> None:
