@@ -143,7 +143,7 @@ def test_stop_ends_a_run_and_its_process(live: Any, lab: Lab) -> None:
     button(live, "Stop").click()
     live.wait_for_selector(f"{CONTROLS} .widget-html:has-text('stopped')", timeout=20_000)
     assert measuring(lab) == []
-    assert button(live, "Run").is_enabled()
+    until(lambda: button(live, "Run").is_enabled(), 20, "a Run that can be pressed again")
 
 
 def test_a_restarted_kernel_leaves_no_process_and_serves_again(live: Any, lab: Lab) -> None:
