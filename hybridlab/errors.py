@@ -45,6 +45,10 @@ class CaptureClosed(HybridlabError, RuntimeError):
     """A capture was asked for while captures are closed, as they are inside a timed region."""
 
 
+class WrongThread(HybridlabError, RuntimeError):
+    """A graph cache was used from a thread that does not own it."""
+
+
 class StaleAddress(HybridlabError, RuntimeError):
     """A buffer that a graph reads or writes has moved since capture."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlab import loop, tape
+from hybridlab import collector, loop, tape
 from hybridlab.ranges import span
 from hybridlab.tape import Tape
 
@@ -54,9 +55,29 @@ class _Pool:
 
     def nbytes(self) -> int:
         """Device memory of the pool: that of the whole allocator also grows by what other threads do."""
-        for number in self.handle:  # PyTorch's function gives back two references that it never took
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.handle))
+        return _bytes_of(self.handle)
+
+
+def _bytes_of(handle: tuple[int, int]) -> int:
+    for number in handle:  # PyTorch's function gives back two references that it never took
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))
+    return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(handle))
+
+
+_MADE: Counter[tuple[int, int]] = Counter()  # graphs that live, by the handle of the pool they were captured into
+_SPOILED: list[tuple[int, int]] = []         # handles of pools in which a capture broke off
+
+
+def lost_bytes() -> int:
+    """Device memory of captures that failed which PyTorch does not give back although no graph of their pool lives:
+    some versions keep it as long as the process (pytorch issue 190308). Only captures that failed make this ask."""
+    ended = [handle for handle in _SPOILED if not _MADE[handle]]
+    if not ended:
+        return 0
+    torch.cuda.empty_cache()
+    lost = {handle: _bytes_of(handle) for handle in ended}
+    _SPOILED[:] = [handle for handle in _SPOILED if lost.get(handle, 1)]
+    return sum(lost.values())
 
 
 def record(function: Callable[[], None], device: torch.device, *, pool: Any = None, cut: CutOpen | None = None,
@@ -68,12 +89,13 @@ def record(function: Callable[[], None], device: torch.device, *, pool: Any = No
     in `private`, so that these keep their values. With a `state` one replay runs the graph until that says stop: see
     `hybridlab.loop`.
     """
-    if device.type == "cuda":
-        with _ONE_AT_A_TIME, torch.cuda.device(device):
-            return CudaGraph(function, pool or new_pool(device), cut, mode, state)
-    with cut() if cut else nullcontext() as leave_outside:
-        made = Tape(function, leave_outside, pool, private)
-    return made if state is None else loop.OnHost(made, state)
+    with collector.off():  # it might free a kernel's module or another graph, which CUDA forbids during a capture
+        if device.type == "cuda":
+            with _ONE_AT_A_TIME, torch.cuda.device(device):
+                return CudaGraph(function, pool or new_pool(device), cut, mode, state)
+        with cut() if cut else nullcontext() as leave_outside:
+            made = Tape(function, leave_outside, pool, private)
+        return made if state is None else loop.OnHost(made, state)
 
 
 _ONE_AT_A_TIME = threading.RLock()  # PyTorch allows one capture a process
@@ -188,6 +210,7 @@ def _clean_up(pool: _Pool) -> None:
     with suppress(RuntimeError):  # the capture failed before or after the allocator was in the pool
         torch._C._cuda_endAllocateToPool(device, pool.handle)
     torch._C._cuda_releasePool(device, pool.handle)
+    _SPOILED.append(pool.handle)
     pool.renew()
     one, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
@@ -232,6 +255,8 @@ class CudaGraph:
         self.pool_bytes = pool.nbytes() - pooled
         self.nbytes = max(0, _driver_bytes() - driver)
         self._replayed = torch.cuda.Event()
+        self._home = pool.handle
+        _MADE[self._home] += 1
 
     def _repeat(self, state: Tensor) -> None:
         start = time.perf_counter()
@@ -257,6 +282,9 @@ class CudaGraph:
         for graph in self._pieces.captured:
             graph.reset()
         self._pieces.parts, self._pieces.alive = [], []
+        if self._home is not None:
+            _MADE[self._home] -= 1
+            self._home = None
 
 
 def _driver_bytes() -> int:

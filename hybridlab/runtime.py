@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import kernels, models
+from hybridlab import kernels, models, verify
 from hybridlab.buckets import bucket_for, captured_ahead, ladder
 from hybridlab.cells import require_possible
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
@@ -208,7 +208,7 @@ class Runtime:
     def _serve(self, asked: Request) -> Generator[tuple[Step, float], None, None]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
-            flying, over = deque[Launched](), False
+            flying, over, ids = deque[Launched](), False, list[int]()
             try:
                 self._executor.check()
                 start = time.perf_counter_ns()
@@ -224,9 +224,11 @@ class Runtime:
                     step = Step(self._executor.read(launched), launched.path, launched.reason)
                     ms = (time.perf_counter_ns() - start) / 1e6
                     if over := step.id < 0:
+                        where = verify.culprit(self.model, asked.ids + ids)
                         raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
-                                        f"arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
+                                        f"{where}, arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
                                         "check the weights, or use a wider dtype")
+                    ids.append(step.id)
                     over = step.id in asked.stop
                     yield step, ms
                     if over:
