@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from hybridlab.errors import ConfigError, choose, nearest
+from hybridlab.errors import ConfigError, choose, nearest, shown
 
 Arm = Literal["eager", "graph", "jit", "hybrid"]
 Kernels = Literal["auto", "torch", "fused"]
@@ -269,8 +269,8 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         name = where.partition("[")[0].strip("`.")
-        shown = repr(values.get(name, dict(values)))[:80]
-        raise ConfigError(f"{name or kind.__name__} is {shown}", what[:1].lower() + what[1:],
+        given = shown(values.get(name, dict(values)))
+        raise ConfigError(f"{name or kind.__name__} is {given}", what[:1].lower() + what[1:],
                           f"see {kind.__name__} for types and ranges") from None
 
 
