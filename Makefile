@@ -26,6 +26,7 @@ test: compiler $(READY) lint ## check style and types, then run every test that 
 
 lab: compiler $(READY) ## open the notebooks in JupyterLab, reachable from this machine only
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.app_settings_dir="$(CURDIR)/notebooks" \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_FLAGS)
 
 lint: $(READY) ## ruff and mypy
