@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint setup compiler clean
+.PHONY: help reproduce test lab lint audit fuzz setup compiler clean
 
 help: ## this list
 	@echo "hybridlab: make TARGET"
@@ -32,6 +32,17 @@ lab: compiler $(READY) ## open the notebooks in JupyterLab, reachable from this 
 lint: $(READY) ## ruff and mypy
 	@echo "==> ruff" && $(BIN)/ruff check
 	@echo "==> mypy" && $(BIN)/mypy
+
+audit: $(READY) ## compare the pinned dependencies with published advisories (needs the network)
+	@echo "==> pip check" && $(BIN)/python -m pip --disable-pip-version-check check
+	@$(PIP) pip-audit
+	@echo "==> pip-audit" && $(BIN)/pip-audit --strict --local --skip-editable
+
+FUZZ_S ?= 60
+fuzz: compiler $(READY) ## attack the readers of files with random ones, FUZZ_S=60 seconds each
+	@$(PIP) atheris
+	@for harness in checkpoint config kineto nsys; do \
+		echo "==> $$harness" && $(BIN)/python -m tests.fuzz.$$harness -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
 
 setup: $(READY) ## only make .venv
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridlab import graphs, kernels
+from hybridlab import graphs, kernels, pools
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress, WrongThread
 from hybridlab.graphs import CutOpen, Graph
@@ -172,7 +172,7 @@ class GraphCache:
         """Drop every graph, and the pool."""
         for key in list(self._held):
             self._drop(key)
-        if lost := graphs.lost_bytes():
+        if lost := pools.lost_bytes():
             self.poisoned = (f"captures that failed keep {lost:,} bytes of the GPU until this process ends: PyTorch "
                              f"{torch.__version__} loses the memory of an aborted capture")
             log.warning("%s · start a new process", self.poisoned)

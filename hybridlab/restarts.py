@@ -27,6 +27,7 @@ from hybridlab.errors import RunError
 from hybridlab.progress import Report
 
 EVERY_S = 0.5  # between two looks at how far a process is
+PATIENCE_S = 30.0  # for a process that was killed
 LAST = 5       # lines of what a process said before it died
 
 
@@ -115,6 +116,6 @@ def _child(command: list[str], said: TextIO, environment: dict[str, str]) -> Ite
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            child.wait(PATIENCE_S)
         if child.stdin is not None:
             child.stdin.close()

@@ -28,6 +28,7 @@ CASES: dict[int, tuple[str, str]] = {
         gpu/test_cache: test_running_out_of_memory_is_one_failed_capture"""),
     3: ("fifty captures that fail", """
         unit/test_cache: test_a_failed_capture_leaves_the_cache_as_it_was
+        faults/test_engine: test_case_03_memory_that_failed_captures_keep_is_reported
         faults/test_gpu_cases: test_case_03_failed_captures_leave_no_memory_that_cannot_be_had_back
         gpu/test_cache: test_failed_captures_cost_no_memory"""),
     4: ("a kernel is first used inside a capture", """
