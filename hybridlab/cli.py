@@ -99,6 +99,7 @@ def generate(
     device: Annotated[str, option("auto, cpu or cuda.")] = "auto",
     capture: Annotated[str, option("When graphs are captured: ahead of the request, sync (inside it), async "
                                     "(behind it) or never.")] = "ahead",
+    process: Annotated[str, option("here, or worker: a second process has the weights and graphs.")] = "here",
     echo: Annotated[bool, option("Print PROMPT before its continuation.", "--echo/--no-echo")] = True,
     show_paths: Annotated[bool, option("List the path that made each token, and its time.", "--show-paths")] = False,
     debug: Debug = False,
@@ -107,8 +108,9 @@ def generate(
     with errors(debug):
         request = terminal.prompt(prompt, ids)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        tokens = terminal.stream(_answer(model, {"arm": arm, "policy": policy, "device": device, "capture": capture},
-                                         request, sampling, max_new_tokens), before=prompt if echo and prompt else "")
+        settings = {"arm": arm, "policy": policy, "device": device, "capture": capture, "process": process}
+        tokens = terminal.stream(_answer(model, settings, request, sampling, max_new_tokens),
+                                 before=prompt if echo and prompt else "")
         if show_paths:
             terminal.list_paths(tokens)
         terminal.timing(tokens, arm)
@@ -119,11 +121,10 @@ def _answer(model: str, settings: dict[str, Any], request: str | list[int], samp
     build(RuntimeConfig, settings)  # refuse before torch is imported, which takes seconds
     build(Sampling, sampling)
     with err.status("loading and preparing"):
-        from hybridlab.models import load
         from hybridlab.runtime import Runtime
 
         ahead = settings["capture"] == "ahead"  # of this one request; every prompt length would take a minute
-        runtime = Runtime(load(model, device=settings["device"]), **settings | ({"capture": "sync"} if ahead else {}))
+        runtime = Runtime(model, **settings | ({"capture": "sync"} if ahead else {}))
         tokens = runtime.stream(request, max_new_tokens=count, **sampling)
         if ahead:
             runtime.generate(request, max_new_tokens=min(2, count), **sampling)

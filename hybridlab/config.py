@@ -21,6 +21,7 @@ Pool = Literal["shared", "private"]
 Eviction = Literal["auto", "one", "all"]
 Repeat = Literal["auto", "unrolled", "while"]
 Fallback = Literal["jit", "eager", "raise"]
+Process = Literal["here", "worker"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 CAPTURES: tuple[str, ...] = get_args(Capture)
@@ -30,6 +31,7 @@ ADMISSIONS: tuple[str, ...] = get_args(Admission)
 POOLS: tuple[str, ...] = get_args(Pool)
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
 REPEATS: tuple[str, ...] = get_args(Repeat)
+PROCESSES: tuple[str, ...] = get_args(Process)
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -37,6 +39,7 @@ PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 
 Positive = Annotated[int, Meta(ge=1)]
 Steps = Annotated[int, Meta(ge=1, le=64)]
+Seconds = Annotated[float, Meta(gt=0.0, le=86400.0)]
 Probability = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
@@ -111,7 +114,9 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     eviction: Eviction = "auto"                        # what goes when room is needed; auto: as a self-test allows
     max_len: Positive | None = None                    # rows of the static KV cache; None: the model's context
     fallback: Fallback = "jit"                         # what serves a step whose graph is not there
-    process: Literal["here"] = "here"
+    process: Process = "here"                          # "worker": weights and graphs in a process of their own, which
+    step_timeout_s: Seconds = 120.0                    # may take so long for one token, its capture included,
+    work_timeout_s: Seconds = 900.0                    # and so long to load, to warm up or to settle
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
     steps: Steps = 1                                   # decode steps of one graph launch, under policy "full"
     repeat: Repeat = "auto"                            # how one graph holds them: side by side, or one that the device
@@ -136,6 +141,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     repeats: Positive = 30                              # timed TTFT requests for each arm and length
     itl_repeats: Annotated[int, Meta(ge=0)] = 1         # timed ITL requests for each arm and length
     warmup: Annotated[int, Meta(ge=1)] = 20             # untimed rounds before the first timed one
+    process: Process = "here"                           # "worker": each arm in a process of its own, with its weights
     restarts: Annotated[int, Meta(ge=1, le=64)] = 1     # fresh processes, one after the other, that share the rounds
     budget_s: Annotated[float, Meta(gt=0)] = 600.0      # timed rounds stop here; finished rounds are kept
     temperature: Annotated[float, Meta(ge=0.0)] = 0.0
@@ -193,7 +199,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Positive = 1
 
 
-Part = Literal["coldstart", "memory", "overhead"]
+Part = Literal["coldstart", "memory", "overhead", "ipc"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -250,7 +256,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
             policy(one)
     for name, known in (("arm", ARMS), ("capture", CAPTURES), ("behind", BEHINDS), ("fallback", FALLBACKS),
                         ("kernels", KERNELS), ("dtype", DTYPES), ("admission", ADMISSIONS), ("pool", POOLS),
-                        ("eviction", EVICTIONS), ("repeat", REPEATS)):
+                        ("eviction", EVICTIONS), ("repeat", REPEATS), ("process", PROCESSES)):
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
             several = kind in (RunConfig, TraceConfig) and isinstance(values[name], list | tuple)
             for one in values[name] if several else [values[name]]:

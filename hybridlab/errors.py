@@ -63,6 +63,18 @@ class RuntimeClosed(HybridlabError, RuntimeError):
     """The runtime was closed and serves no more requests."""
 
 
+class ProtocolError(HybridlabError, RuntimeError):
+    """A frame between a runtime and its worker is damaged, too large or unknown. Nothing of it was carried out."""
+
+
+class WorkerDied(HybridlabError, RuntimeError):
+    """The process that served a runtime is gone. Every later call of that runtime raises this again."""
+
+
+class WorkerTimeout(HybridlabError, RuntimeError):
+    """The process that served a runtime did not answer in time and was ended. Every later call raises this again."""
+
+
 class NonFinite(HybridlabError, ArithmeticError):
     """Logits hold NaN or infinity, so no token can be drawn from them."""
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 
-from hybridlab import environment, measure, models, names, records, restarts, roofline, stats
+from hybridlab import environment, measure, models, names, outlines, records, restarts, roofline, stats
 from hybridlab.cells import cells, require_steps
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError, RunError
@@ -76,6 +76,8 @@ class Shown:
     def caption(self) -> str:
         """Run, machine, model and sample sizes: what stands under each figure."""
         model = self.recorded.config.model
+        if getattr(self.recorded.config, "process", "here") == "worker":
+            model += " through workers"
         return " · ".join([f"run {self.run_id}", self.machine, model, f"n = {', '.join(self._sizes()) or 0}"])
 
     def _sizes(self) -> list[str]:
@@ -126,8 +128,9 @@ class Result(Shown):
 
 def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None, progress: bool = True,
         process: int = 0) -> Result:
-    """Measures all arms of the config over one loaded model, in one process, and records the run. With
-    `config.restarts`, in that many processes one after the other; `process` is the number of one of them.
+    """Measures all arms of the config over one loaded model, in one process, and records the run; through workers, each
+    arm in one with a model of its own. With `config.restarts`, in that many processes one after the other; `process` is
+    the number of one of them.
 
     Raises: ConfigError, ModelError or PromptError for bad input, before anything is written. Whatever goes wrong
     later, Ctrl-C included, leaves a run that is marked failed with the rows of the finished rounds, and is re-raised.
@@ -139,13 +142,15 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         return _restarted(config, root, progress)
     with reporter(progress) as report:
         report(f"loading {config.model}", 0, 1)
-        model = models.load(config.model, device=config.device, dtype=config.dtype)
+        model = (outlines.outline if config.process == "worker" else models.load)(
+            config.model, device=config.device, dtype=config.dtype)
         names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
-        with threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
+        device = models.resolve_device(config.device)
+        with threads(config.threads, on_cpu=device.type == "cpu"):
             target = records.Run.create(config, Path(root) if root is not None else None)
             try:
-                extra = _measure(model, prompts, config, target, report, process)
+                extra = _measure(model, device, prompts, config, target, report, process)
                 target.finish("complete", extra=extra)
             except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
                 fail(target, error)
@@ -165,10 +170,10 @@ def _restarted(config: RunConfig, root: Path | str | None, progress: bool) -> Re
     return Result.open(target.path)
 
 
-def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, target: records.Run,
+def _measure(model: Any, device: torch.device, prompts: dict[int, list[int]], config: RunConfig, target: records.Run,
              report: Report, process: int) -> dict[str, Any]:
     report("measuring the machine's limits", 0, 1)
-    rates = roofline.measure(model.device, model.dtype, roofline.work(model, context=1).bytes)
+    rates = roofline.measure(device, model.dtype, roofline.work(model, context=1).bytes)
     limits = roofline.of_run(model, config.lengths, config.new_tokens, rates)
     with contextlib.ExitStack() as stack:
         runtimes: dict[str, Runtime] = {}
@@ -176,15 +181,17 @@ def _measure(model: Any, prompts: dict[int, list[int]], config: RunConfig, targe
         for done, (name, cell) in enumerate(wanted.items()):
             report(f"building {name}", done, len(wanted))
             runtimes[name] = stack.enter_context(Runtime(
-                model, arm=cell.arm, policy=cell.policy, kernels=cell.kernels, device=config.device, capture="sync",
-                max_len=_cache_rows(model, config), run_ahead=config.run_ahead, steps=cell.steps))
+                config.model if config.process == "worker" else model, arm=cell.arm, policy=cell.policy,
+                kernels=cell.kernels, device=config.device, dtype=config.dtype, capture="sync",
+                max_len=_cache_rows(model, config), run_ahead=config.run_ahead, steps=cell.steps,
+                process=config.process))
         report("warming up", 0, config.warmup)
         measure.warm_up(runtimes, prompts, config, step=lambda done: report("warming up", done, config.warmup))
         if model.dtype == torch.float32:
             _require_agreement(runtimes, prompts, config)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
-        telemetry = stack.enter_context(Telemetry(model.device.index or 0 if model.device.type == "cuda" else None))
+        telemetry = stack.enter_context(Telemetry(device.index or 0 if device.type == "cuda" else None))
         started, done = time.monotonic(), 0
         for done, rows in enumerate(measure.rounds(runtimes, prompts, config, process=process, telemetry=telemetry),
                                     start=1):

@@ -50,7 +50,7 @@ def plan(config: BenchConfig | Mapping[str, Any]) -> Plan:
         raise ConfigError("variant 'kernel, pdl' cannot run here", f"device is {device}",
                           f"it needs a GPU of compute capability {'.'.join(map(str, fused.PDL_SINCE))}")
     variants = config.variants or (VARIANTS if early else VARIANTS[:2])
-    kind = config.dtype or str(models._random_dtype(device) if config.model.startswith("random:") else bare.dtype)
+    kind = config.dtype or str(models.random_dtype(device) if config.model.startswith("random:") else bare.dtype)
     capacity = min(-(-max(lengths) // 64) * 64, context)
     dtype = getattr(torch, kind.removeprefix("torch."))
     return Plan(config, sizes, device, dtype, lengths, tuple(variants), capacity)

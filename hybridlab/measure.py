@@ -75,7 +75,8 @@ class TTFT:
 
     Inside the clock: from token ids on the host, sampling settings to the device and the prompt copied there, prefill,
     the draw, until the new token id is on the host. By the device's clock: from the first of this work that the device
-    does until the id has left it. Outside: tokenising, decoding to text, garbage collection, rows.
+    does until the id has left it. By the clock of a worker's client: from the request leaving until the id is there.
+    Outside: tokenising, decoding to text, garbage collection, rows.
     """
 
     metric = "ttft"
@@ -96,7 +97,8 @@ class ITL:
 
     Inside the clock: from when the next token is asked for, at once after this one was on the host, launching
     of decode steps, `run_ahead` of them beyond the next token, until its id is on the host. By the device's clock: from
-    one id leaving it to the next. Outside: the first token, a TTFT; decoding to text, garbage collection, rows.
+    one id leaving it to the next; by the clock of a worker's client: from one id there to the next. Outside: the first
+    token, a TTFT; decoding to text, garbage collection, rows.
     """
 
     metric = "itl"
@@ -192,7 +194,8 @@ def answered(out: Output, prompt_tokens: int, protocol: Protocol, ended: Sequenc
     common = {"bucket": out.bucket, "metric": protocol.metric, **happened}
     return [common | {"index": index, "position": prompt_tokens + index, "ms": float(ms), "path": out.paths[index],
                       "reason": out.reasons[index] or "", "ended_ns": ended[index],
-                      "device_ms": out.device_ms[index] if out.device_ms else None}
+                      "device_ms": out.device_ms[index] if out.device_ms else None,
+                      "client_ms": out.client_ms[index] if out.client_ms else None}
             for index, ms in protocol.timed(out)]
 
 

@@ -50,7 +50,7 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
         model = _random(name, target, wanted)
         model.tokenizer = None
     else:
-        model = _from_directory(names.directory(name) or _fetch(name), target, wanted)
+        model = _from_directory(folder_of(name), target, wanted)
     model.name_or_path = name
     layout.lay_side_by_side(model)
     return model.eval().requires_grad_(False)
@@ -66,7 +66,7 @@ def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
         return _causal(spec)
     name = _name(spec)
     if name.startswith(names.RANDOM):
-        config, kind = AutoConfig.for_model(**names.architecture(name)), _random_dtype(resolve_device())
+        config, kind = AutoConfig.for_model(**names.architecture(name)), random_dtype(resolve_device())
     else:
         folder = names.directory(name) or _fetch_config(name).parent
         checkpoint.check_links(folder)
@@ -74,7 +74,7 @@ def skeleton(spec: str | os.PathLike[str] | PreTrainedModel) -> PreTrainedModel:
             raise ModelError("config.json is missing", f"in {folder}", "give a folder in Hugging Face layout")
         config = _config(path, checkpoint.check_config(path))
         kind = config.dtype or torch.float32
-    model = _skeleton(config, kind, name)
+    model = shell(config, kind, name)
     model.tokenizer, model.name_or_path = None, name
     return model.eval().requires_grad_(False)
 
@@ -138,16 +138,21 @@ def _instance(model: torch.nn.Module, device: str | torch.device, dtype: str | N
 def _random(name: str, device: torch.device, dtype: str | None) -> PreTrainedModel:
     """Seeded weights by transformers' own initialisation, made on `device` in `dtype`: there is never a second copy."""
     config = AutoConfig.for_model(**names.architecture(name))
-    kind = getattr(torch, dtype) if dtype else _random_dtype(device)
-    _require_memory(_skeleton(config, kind, name), device, name)
+    kind = getattr(torch, dtype) if dtype else random_dtype(device)
+    _require_memory(shell(config, kind, name), device, name)
     cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), device:
         torch.manual_seed(SEED)
         return AutoModelForCausalLM.from_config(config, dtype=kind)
 
 
-def _random_dtype(device: torch.device) -> torch.dtype:
+def random_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def folder_of(name: str) -> Path:
+    """The directory that holds `name`, fetched first if it is on the Hub."""
+    return names.directory(name) or _fetch(name)
 
 
 def _fetch(name: str) -> Path:
@@ -180,15 +185,15 @@ def _from_directory(folder: Path, device: torch.device, dtype: str | None) -> Pr
     found = checkpoint.inspect(folder)
     with _quiet():
         config = _config(found.directory / "config.json", found.config)
-        kind = getattr(torch, dtype or _own_dtype(found))
-        bare = _skeleton(config, kind, folder)
+        kind = getattr(torch, dtype or own_dtype(found))
+        bare = shell(config, kind, folder)
         problems = _wrong_dtypes(bare, found)
         _require_memory(bare, torch.device("cpu"), folder)
         model, problems_of_names = _read_weights(folder, kind)
         if problems := problems + problems_of_names:
             raise ModelError(f"the weights do not fit the config: {'; '.join(problems)}", f"in {folder}",
                              "the files belong to another model or are incomplete; download them again")
-        model.tokenizer = _tokenizer(found, model)
+        model.tokenizer = tokenizer_of(found, model)
     if device.type != "cpu":
         _require_memory(bare, device, folder)
     return model.to(device)
@@ -208,14 +213,14 @@ def _config(path: Path, fields: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _own_dtype(found: checkpoint.Checkpoint) -> str:
+def own_dtype(found: checkpoint.Checkpoint) -> str:
     """The dtype a checkpoint was saved in: the config's word, else that of its first floating tensor."""
     named = found.config.get("dtype") or found.config.get("torch_dtype")
     known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return named or next((known[t.dtype] for t in found.tensors.values() if t.dtype in known), "float32")
 
 
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, where: object) -> PreTrainedModel:
+def shell(config: PreTrainedConfig, dtype: torch.dtype, where: object) -> PreTrainedModel:
     """The model without memory, to know its names and size before anything is allocated."""
     try:
         with torch.device("meta"):
@@ -256,7 +261,7 @@ def _read_weights(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, li
     return model, shapes + missing + extra + list(info["error_msgs"])
 
 
-def _tokenizer(found: checkpoint.Checkpoint, model: PreTrainedModel) -> Any:
+def tokenizer_of(found: checkpoint.Checkpoint, model: PreTrainedModel) -> Any:
     if not found.has_tokenizer:
         return None
     try:

@@ -1,10 +1,7 @@
-"""Prefill, decode and sampling: one runtime is one arm of the ablation, serving one request at a time."""
+"""The public runtime: text or ids in, text and ids out, one request at a time, served here or by a second process."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -13,23 +10,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import kernels, models, verify
-from hybridlab.buckets import bucket_for, captured_ahead, ladder
+from hybridlab import models, outlines
+from hybridlab.buckets import bucket_for, captured_ahead
 from hybridlab.cells import require_possible
+from hybridlab.client import Client
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
 from hybridlab.counters import Counters
-from hybridlab.errors import ConfigError, EngineBusy, NonFinite, PromptError, RuntimeClosed
-from hybridlab.executors import Executor, Launched, StockExecutor
-from hybridlab.kernels.gemm import FEWEST
-from hybridlab.lowered import LoweredExecutor, fuses
-from hybridlab.lowering import twin
-from hybridlab.machine import ridge
-from hybridlab.partitioning import partition
+from hybridlab.engine import DEFAULT_MAX_LEN as DEFAULT_MAX_LEN
+from hybridlab.engine import Engine
+from hybridlab.errors import PromptError
+from hybridlab.executors import Executor
+from hybridlab.frames import Build
 from hybridlab.plan import Plan
 from hybridlab.request import Request, request
 from hybridlab.tokens import Output, Step, Token
-
-DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
 
 
 class Runtime:
@@ -37,6 +31,10 @@ class Runtime:
     named here; each is checked before any work starts.
 
     `model` is whatever `hybridlab.load` takes; an instantiated model is never changed. A context manager.
+
+    process="worker": the same, served by a second process that has weights, graphs and captures; here stay tokenizer,
+    checks and text, and `model` has no weights. Such a process loads the model by its name; of an instantiated one on a
+    CPU it gets a copy as it is now. Where it ends or hangs, every call raises `WorkerDied` or `WorkerTimeout`.
     """
 
     def __init__(self, model: Any, arm: str = "hybrid", policy: str | Policy = "whole", device: str = "auto",
@@ -51,27 +49,21 @@ class Runtime:
             "process": process, "run_ahead": run_ahead, **cache,
         })
         require_possible(self.config)
-        self.model = _ready(models.load(model, device=device, dtype=dtype))
-        self.device: torch.device = self.model.device
-        context = models.context(self.model) or DEFAULT_MAX_LEN
-        self.max_len = max_len or min(context, DEFAULT_MAX_LEN)
-        if self.max_len > context:
-            raise ConfigError(f"max_len is {max_len}", f"the model's context is {context} tokens", "ask for no more")
-        self.fused = arm != "eager" and fuses(self.model, self.plan, self.config)
-        few = FEWEST if self.fused and self.device.type == "cuda" else None
-        self.buckets = ladder(self.config.buckets, self.max_len, self._ridge(), few)
-        self.counters = Counters()
-        self._executor = self._make_executor()
-        self._busy = threading.Lock()
-        self._closed = False
+        self._engine: Engine | Client
+        if process == "worker":
+            self.model, self._engine = _apart(model, self.config)
+        else:
+            self._engine = Engine(models.load(model, device=device, dtype=dtype), self.config)
+            self.model = self._engine.model
+        self.device: torch.device = torch.device(self._engine.device)
+        self.max_len, self.fused = self._engine.max_len, self._engine.fused
+        self.buckets = tuple(self._engine.buckets)
         if capture == "ahead":
-            self._warm_up_ahead()
-
-    def _ridge(self) -> float | None:
-        """Of the machine, if the ladder of buckets is to be made from it."""
-        if self.config.buckets is not None or self.config.arm == "eager":
-            return None
-        return ridge(self.device, self.model.dtype)
+            try:
+                self._warm_up_ahead()
+            except BaseException:  # no one has this runtime, so no one else will close it
+                self.close()
+                raise
 
     def _warm_up_ahead(self) -> None:
         """What requests may need: each bucket, of exact lengths those that `captured_ahead` names, and where a graph
@@ -83,21 +75,21 @@ class Runtime:
         for draw in draws:
             self.warm_up(lengths, **draw)
 
-    def _make_executor(self) -> Executor:
-        """Refuses a model that does not decode as it should, or that cannot be lowered."""
-        if self.config.arm == "eager":
-            return StockExecutor(self.model, self.config.run_ahead + 1)
-        return LoweredExecutor(self.model, self._plan, self.config, self.fused, self.buckets, self.max_len,
-                               self.counters)
+    @property
+    def counters(self) -> Counters:
+        """What was done so far; by a worker, as of its last token or answer."""
+        return self._engine.counters
+
+    @property
+    def _executor(self) -> Executor:
+        """For protocols that look inside; here only."""
+        assert isinstance(self._engine, Engine)
+        return self._engine.executor
 
     @cached_property
     def plan(self) -> Plan:
         """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
-        return self._plan("decode")
-
-    def _plan(self, phase: str, *length: int) -> Plan:
-        arm = self.config.arm
-        return partition(self.model, None if arm == "eager" else self.config.policy, phase, *length).for_arm(arm)
+        return self._engine.plan
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, seed: int = 0,
@@ -115,7 +107,8 @@ class Runtime:
         return Output(
             ids=ids, text=self._text(ids), ttft_ms=taken[0][1], itl_ms=[ms for _, ms in taken[1:]],
             paths=[step.path for step, _ in taken], reasons=[step.reason for step, _ in taken],
-            bucket=self.bucket_for(len(asked.ids)), device_ms=self._executor.device_ms(len(ids)))
+            bucket=self.bucket_for(len(asked.ids)), device_ms=self._engine.device_ms(len(ids)),
+            client_ms=self._engine.client_ms)
 
     def stream(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0,
@@ -142,26 +135,20 @@ class Runtime:
         """Capture and compile all that prompts of these lengths need, and sampling of this kind."""
         lengths = self._lengths(lengths)
         sampling = build(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p})
-        with self._owned():
-            self._executor.check()
-            self._executor.capture_for(lengths, sampling)
+        self._engine.prepare(lengths, sampling)
         for length in {self.bucket_for(n) or n: n for n in lengths}.values():
             new = min(2, self.max_len - length)
             self.generate([0] * length, max_new_tokens=new, temperature=temperature, top_k=top_k, top_p=top_p, stop=[])
 
     def _lengths(self, lengths: Iterable[int]) -> list[int]:
         """Checked lengths, each with room for one new token."""
-        self._require_open()
+        self._engine.require_open()
         lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
         for length in lengths:
             if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= self.max_len:
                 raise PromptError(f"a prompt length to warm up for is {length!r}",
                                   f"the KV cache holds {self.max_len} tokens", "give whole numbers from 1 to that")
         return sorted({min(n, self.max_len - 1) for n in lengths} - {0})
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RuntimeClosed("this runtime was closed", "", "make a new Runtime")
 
     def bucket_for(self, length: int) -> int | None:
         """The bucket that a prompt of `length` tokens is padded to; None in arm eager, and beyond the largest."""
@@ -170,28 +157,25 @@ class Runtime:
     @property
     def capturing(self) -> bool:
         """Whether a capture behind requests is asked for or under way."""
-        return self._executor.capturing
+        return self._engine.capturing
 
     def settle(self) -> None:
         """Return when every capture behind requests is in the cache, or has failed."""
-        self._require_open()
-        with self._owned():
-            self._executor.settle()
+        self._engine.require_open()
+        self._engine.settle()
 
     @contextmanager
     def sealed(self) -> Iterator[None]:
         """A region in which nothing may be captured: what would be raises `CaptureClosed`. For timing what is warm."""
-        self._executor.seal(True)
+        self._engine.seal(True)
         try:
             yield
         finally:
-            self._executor.seal(False)
+            self._engine.seal(False)
 
     def close(self) -> None:
         """Drop graphs and buffers. The runtime serves nothing afterwards; closing twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._executor.close()
+        self._engine.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -201,62 +185,13 @@ class Runtime:
 
     def _request(self, prompt: Any, max_new_tokens: int, stop: Iterable[int] | None, temperature: float,
                  top_k: int | None, top_p: float | None, seed: int) -> Request:
-        self._require_open()
+        self._engine.require_open()
         return request(self.model, prompt, self.max_len, max_new_tokens, stop,
                        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
     def _serve(self, asked: Request) -> Generator[tuple[Step, float], None, None]:
-        """The steps of one request with their milliseconds, timed from when each is asked for."""
-        with self._owned():
-            flying, over, ids = deque[Launched](), False, list[int]()
-            try:
-                self._executor.check()
-                start = time.perf_counter_ns()
-                with torch.no_grad():
-                    self._executor.start(asked.sampling, asked.stop)
-                    flying.append(self._executor.prefill(asked.ids))
-                for index in range(asked.max_new_tokens):
-                    if index:
-                        self._require_open()
-                        start = time.perf_counter_ns()
-                        self._launch(flying, asked.max_new_tokens - index)
-                    launched = flying.popleft()
-                    step = Step(self._executor.read(launched), launched.path, launched.reason)
-                    ms = (time.perf_counter_ns() - start) / 1e6
-                    if over := step.id < 0:
-                        where = verify.culprit(self.model, asked.ids + ids)
-                        raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
-                                        f"{where}, arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
-                                        "check the weights, or use a wider dtype")
-                    ids.append(step.id)
-                    over = step.id in asked.stop
-                    yield step, ms
-                    if over:
-                        return
-            finally:
-                self.counters.discarded += sum(not (over and launched.ends) for launched in flying)
-                if not self._closed:
-                    with torch.no_grad():
-                        self._executor.finish()
-
-    def _launch(self, flying: deque[Launched], wanted: int) -> None:
-        """Launch steps until `run_ahead` of them fly beyond the next to be read, none beyond the `wanted` last ones."""
-        with torch.no_grad():
-            while len(flying) < min(self.config.run_ahead + 1, wanted):
-                flying.extend(self._executor.decode(wanted - len(flying)))
-
-    @contextmanager
-    def _owned(self) -> Iterator[None]:
-        """Exclusive use of this runtime; compilations that happen meanwhile are its own."""
-        if not self._busy.acquire(blocking=False):
-            raise EngineBusy("this runtime is serving another request", "a runtime serves one at a time",
-                             "finish or close the other stream first, or make another Runtime")
-        before = kernels.compiles()
-        try:
-            yield
-        finally:
-            self.counters.compiles += kernels.compiles() - before
-            self._busy.release()
+        """The steps of one request with their milliseconds, see `Engine.serve`."""
+        return self._engine.serve(asked)
 
     def _text(self, ids: list[int]) -> str | None:
         tokenizer = getattr(self.model, "tokenizer", None)
@@ -266,6 +201,8 @@ class Runtime:
         return text
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in eval mode; one left in training mode keeps its mode, and a twin of the same weights serves."""
-    return twin(model) if model.training else model
+def _apart(model: Any, config: RuntimeConfig) -> tuple[PreTrainedModel, Client]:
+    """The model without weights, and a worker that has them."""
+    with outlines.sent(model, config) as (outline, folder, source):
+        client = Client(config, lambda: Build(config=config, threads=torch.get_num_threads(), **source()), folder)
+    return outline.to(getattr(torch, client.dtype)), client

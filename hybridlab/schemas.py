@@ -17,14 +17,15 @@ def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
 # One row a timed token. bucket is null where none was used. The rest are null in runs recorded before there were any:
 #   process    of the processes that share the rounds, the number of the one that made this row.
 #   device_ms  the same interval by the device's clock; null on a CPU and with several steps a launch.
+#   client_ms  the same interval by the clock of a client that a worker serves; null without a worker.
 #   ended_ns   when it ended, by time.perf_counter_ns of its process.
 #   happened   what happened meanwhile (tails.KINDS), with commas; happened_ms: of what was timed, the time it overlaps.
 #   profiled   a profiler listened: such times are no latencies.
 ABLATION = _schema(
     "run_id:str round:int request:int arm:str policy:str prompt_tokens:int bucket:int index:int position:int "
-    "metric:str ms:float path:str reason:str captures:int compiles:int process:int device_ms:float ended_ns:int "
-    "happened:str happened_ms:float profiled:bool",
-    optional=("bucket", "process", "device_ms", "ended_ns", "happened", "happened_ms", "profiled"))
+    "metric:str ms:float path:str reason:str captures:int compiles:int process:int device_ms:float client_ms:float "
+    "ended_ns:int happened:str happened_ms:float profiled:bool",
+    optional=("bucket", "process", "device_ms", "client_ms", "ended_ns", "happened", "happened_ms", "profiled"))
 
 # One row an interval. part says what was measured, and with it what the other columns mean:
 #   stream   requests in order, a pass (round) under a setting. metric "ttft" (index 0), "itl" (index 1, 2, …) and
@@ -56,5 +57,5 @@ TRACE = _schema(
     "run_id:str arm:str kind:str name:str start_ns:int end_ns:int stream:int thread:int correlation:int graph:int "
     "node:int category:str payload:int", optional=("stream", "thread", "correlation", "graph", "node", "payload"))
 
-# One row a value. part: coldstart, memory or overhead; setting: of the caches, say; step: what the value is of.
+# One row a value. part: coldstart, memory, overhead or ipc; setting: of the caches, say; step: what the value is of.
 SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str")

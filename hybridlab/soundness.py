@@ -1,5 +1,5 @@
 """Whether the samples of an ablation can be believed: drift, two modes, slow tails and what happened in them, processes
-that differ, and how far the host's clock is from the device's.
+that differ, and how far the clocks of host, device and client are apart.
 
 Rows are those of `schemas.ABLATION`. Prompt lengths are pooled after each value was divided by the median of its arm,
 metric and length, so that no length looks like a mode. Never imports torch.
@@ -58,16 +58,20 @@ def slow(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def clocks(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line an arm and metric: median ms by the server's clock (ms, host to host) and by the device's (device_ms),
-    and of their difference, value by value (beside_ms), each with its 95 % interval. Empty without a device clock."""
+    """One line an arm and metric: median ms by the server's clock (ms, host to host), by the device's (device_ms) and
+    by that of a worker's client (client_ms), and of their differences to the server's, value by value: by how much the
+    server took longer than the device (beside_ms), and the client longer than the server (beyond_ms). Each with its
+    95 % interval, None where there is no such clock. Empty without any of the two."""
     lines = []
-    known = rows[rows["device_ms"].notna()]
+    known = rows[rows["device_ms"].notna() | rows["client_ms"].notna()]
     for (arm, metric), own in known.groupby(["arm", "metric"], sort=False):
-        device = own["device_ms"].astype(float)
-        if len(own) >= stats.needed(0.5):
-            lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", own["ms"])
-                         | _three("device_ms", device) | _three("beside_ms", own["ms"] - device))
-    return pd.DataFrame(lines)
+        if len(own) < stats.needed(0.5):
+            continue
+        device, client = (own[name].astype(float).dropna() for name in ("device_ms", "client_ms"))
+        lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", own["ms"])
+                     | _three("device_ms", device) | _three("beside_ms", (own["ms"] - device).dropna())
+                     | _three("client_ms", client) | _three("beyond_ms", (client - own["ms"]).dropna()))
+    return pd.DataFrame(lines, dtype=object)
 
 
 def processes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,10 +151,14 @@ def slow_grid(rows: pd.DataFrame, caption: str) -> Grid:
 
 def clocks_grid(rows: pd.DataFrame, caption: str) -> Grid:
     """`clocks` as text."""
-    lines = [[f"{line['arm']} {line['metric'].upper()}", interval(line, "ms"), interval(line, "device_ms"),
-              interval(line, "beside_ms")] for line in clocks(rows).to_dict("records")]
-    return Grid(f"Clocks · {caption}", ["arm", "server, ms", "device, ms", "difference, ms"], lines,
-                "Medians with 95 % intervals; server: id to id on the host; device: between events on its stream.")
+    lines = [[f"{line['arm']} {line['metric'].upper()}",
+              *(interval(line, name) if line[name] is not None else NONE
+                for name in ("ms", "device_ms", "beside_ms", "client_ms", "beyond_ms"))]
+             for line in clocks(rows).to_dict("records")]
+    return Grid(f"Clocks · {caption}", ["arm", "server, ms", "device, ms", "server - device, ms", "client, ms",
+                                        "client - server, ms"], lines,
+                "Medians with 95 % intervals; server: id to id on the host; device: between events on its stream; "
+                "client: id to id in the process that a worker serves.")
 
 
 def quantiles_grid(rows: pd.DataFrame, caption: str) -> Grid:

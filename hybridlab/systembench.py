@@ -1,4 +1,4 @@
-"""`hybridlab system`: what serving costs beside latency, a cold start, memory, and what observing adds.
+"""`hybridlab system`: what serving costs beside latency, a cold start, memory, what observing and a second process add.
 
 What takes seconds to import is imported late: the command line reads its options here.
 """
@@ -15,6 +15,7 @@ from hybridlab.terminal import option
 
 DEFAULT = SystemConfig()
 EXAMPLES = terminal.examples("hybridlab system", "hybridlab system --part coldstart --repeats 6",
+                             "hybridlab system --part ipc",
                              "hybridlab system --part memory --model random:llama-2-7b --dtype float16 --length 500")
 
 
@@ -35,7 +36,8 @@ def command(
 
     **coldstart**: a fresh process from its start to its first token and first replay, with the caches of compiled
     kernels as they are and empty. **memory**: weights, KV cache, each graph. **overhead**: what ranges for profilers
-    and a row a token add to the time between two tokens.
+    and a row a token add to the time between two tokens. **ipc**: a message to a worker and back, the way of a token
+    from it, and first tokens and gaps through it beside those of the same engine here.
     """
     with terminal.errors(debug):
         for name in part or ():

@@ -1,4 +1,5 @@
-"""One config about what serving costs beside latency in, one recorded run out: cold start, memory, overhead."""
+"""One config about what serving costs beside latency in, one recorded run out: cold start, memory, overhead, a
+second process."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import coldstart, experiment, models, records, stats
+from hybridlab import coldstart, crossing, experiment, models, records, stats
 from hybridlab.config import SystemConfig, as_dict, build
 from hybridlab.errors import ConfigError, PromptError
 from hybridlab.memory import memory
@@ -62,6 +63,9 @@ class SystemResult(experiment.Shown):
         for line in self.table().to_dict("records"):
             if line["step"] == "share":
                 said.append(f"Observing a token costs {line['value']:.2g} % of the time between two.")
+            elif line["unit"] == "×":
+                said.append(f"By the asker's clock a {line['step']} takes {line['value']:.3g} times as long through a "
+                            "worker as here.")
             elif line["part"] == "coldstart" and line["step"] == "first token":
                 said.append(f"With {line['setting']} caches the first token is there {line['value'] / 1e3:.2f} s after "
                             "the process was started.")
@@ -121,10 +125,18 @@ def _overhead(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
         yield list(overhead(runtime, config.arm))
 
 
-def _runtime(config: SystemConfig) -> Runtime:
-    model = models.load(config.model, device=config.device, dtype=config.dtype)
-    return Runtime(model, arm=config.arm, policy=config.policy, device=config.device, capture="sync",
-                   max_len=max(config.lengths) + 64)
+def _ipc(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
+    report("starting a worker", 0, 1)
+    on_cpu = models.resolve_device(config.device).type == "cpu"
+    with (experiment.threads(config.threads, on_cpu), _runtime(config) as here,
+          _runtime(config, process="worker") as worker):
+        turns = crossing.TURNS
+        yield list(crossing.crossing(here, worker, config.seed, lambda done: report("both in turns", done, turns)))
 
 
-PARTS = {"coldstart": _coldstart, "memory": _memory, "overhead": _overhead}
+def _runtime(config: SystemConfig, process: str = "here") -> Runtime:
+    return Runtime(config.model, arm=config.arm, policy=config.policy, device=config.device, dtype=config.dtype,
+                   capture="sync", max_len=max(config.lengths) + 64, process=process)
+
+
+PARTS = {"coldstart": _coldstart, "memory": _memory, "overhead": _overhead, "ipc": _ipc}

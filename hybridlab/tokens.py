@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -41,3 +41,5 @@ class Output:
     reasons: list[str]
     bucket: int | None
     device_ms: list[float]  # TTFT and ITL by the device's own clock; empty on a CPU and with several steps a launch
+    client_ms: list[float] = field(default_factory=list)  # through a worker, by the client's clock: from the request
+    # leaving until the first id was back, then from one id to the next; empty without a worker

@@ -37,7 +37,7 @@ from hybridlab.records import Run
 run = Run.create(build(RunConfig, {"model": model, "repeats": repeats, "lengths": lengths}))
 row = dict(round=0, request=0, arm="eager", policy="whole", prompt_tokens=10, bucket=None, index=0, position=10,
            metric="ttft", ms=1.5, path="eager", reason="", captures=0, compiles=0, process=0, device_ms=None,
-           ended_ns=1, happened="", happened_ms=0.0, profiled=False)
+           client_ms=None, ended_ns=1, happened="", happened_ms=0.0, profiled=False)
 run.append([row])
 """
 pytestmark = pytest.mark.filterwarnings(  # of Jupyter's own machinery; ours still count as errors

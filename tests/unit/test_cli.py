@@ -44,7 +44,8 @@ def row(arm: str, round_: int, length: int, index: int, ms: float) -> dict[str, 
     return {"round": round_, "request": 0, "arm": arm, "policy": "whole", "prompt_tokens": length, "bucket": None,
             "index": index, "position": length + index, "metric": "itl" if index else "ttft", "ms": ms,
             "path": "graph" if arm == "hybrid" else "eager", "reason": "", "captures": 0, "compiles": 0,
-            "process": 0, "device_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0, "profiled": False}
+            "process": 0, "device_ms": None, "client_ms": None, "ended_ns": 1, "happened": "", "happened_ms": 0.0,
+            "profiled": False}
 
 
 @pytest.fixture

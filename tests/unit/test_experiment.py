@@ -54,7 +54,8 @@ class Runtime:
         ms = (1.0 if self.arm == "hybrid" else 2.0) + self.served / 1000
         return SimpleNamespace(ids=[5] * max_new_tokens, ttft_ms=10 * ms, itl_ms=[ms] * (max_new_tokens - 1),
                                paths=["graph" if self.arm == "hybrid" else "eager"] * max_new_tokens,
-                               reasons=[""] * max_new_tokens, bucket=None, device_ms=[])
+                               reasons=[""] * max_new_tokens, bucket=None, device_ms=[],
+                               client_ms=[])
 
 
 class Model:

@@ -37,7 +37,7 @@ class Fake:
         self.log.append((self.arm, len(prompt), max_new_tokens, gc.isenabled(), options))
         return SimpleNamespace(ids=[1] * max_new_tokens, ttft_ms=999.0 + len(self.log),
                                itl_ms=[float(i) for i in range(1, max_new_tokens)], bucket=8,
-                               device_ms=[i / 2 for i in range(max_new_tokens)],
+                               device_ms=[i / 2 for i in range(max_new_tokens)], client_ms=[],
                                paths=[f"path{i}" for i in range(max_new_tokens)], reasons=[""] * max_new_tokens)
 
 

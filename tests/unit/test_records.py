@@ -26,8 +26,8 @@ def _quick_report(monkeypatch):
 def row(number=0, **changes):
     return {"round": number, "request": number, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None,
             "index": 0, "position": 10, "metric": "ttft", "ms": 1.5, "path": "eager", "reason": "", "captures": 0,
-            "compiles": 0, "process": 0, "device_ms": None, "ended_ns": 10, "happened": "", "happened_ms": 0.0,
-            "profiled": False} | changes
+            "compiles": 0, "process": 0, "device_ms": None, "client_ms": None, "ended_ns": 10, "happened": "",
+            "happened_ms": 0.0, "profiled": False} | changes
 
 
 def test_a_run_reads_back_as_it_was_recorded(tmp_path):

@@ -13,7 +13,7 @@ def rows(ms, arm="hybrid", metric="itl", **columns):
     count = len(ms)
     return pd.DataFrame({"run_id": "r", "arm": arm, "metric": metric, "prompt_tokens": 10, "ms": ms, "process": 0,
                          "request": range(count), "index": 1, "round": range(count), "happened": "",
-                         "device_ms": np.nan} | columns)
+                         "device_ms": np.nan, "client_ms": np.nan} | columns)
 
 
 def quiet(count=1000, seed=0):
@@ -60,6 +60,19 @@ def test_the_device_clock_stands_beside_the_host_clock():
     assert line["beside_ms"] == pytest.approx(0.25)
     assert line["ms"] - line["device_ms"] == pytest.approx(0.25)
     assert soundness.clocks(rows(quiet(100))).empty
+
+
+def test_the_client_clock_stands_beside_the_others():
+    """What a second process adds to a latency must be visible where there is one, and no number where there is none."""
+    here = rows(quiet(100))
+    (line,) = soundness.clocks(rows(quiet(100), client_ms=quiet(100) + 0.5)).to_dict("records")
+    assert line["beyond_ms"] == pytest.approx(0.5)
+    assert line["client_ms"] - line["ms"] == pytest.approx(0.5)
+    assert line["device_ms"] is None
+    (text,) = soundness.clocks_grid(rows(quiet(100), client_ms=quiet(100) + 0.5), "r").rows
+    assert text[2:4] == ["–", "–"]
+    assert text[5].startswith("0.500")
+    assert soundness.clocks_grid(here, "r").rows == []
 
 
 def test_processes_that_differ_are_seen():
