@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlab import cachebench, kernelbench, profiling, systembench, terminal
+from hybridlab import cachebench, kernelbench, profiling, soaking, systembench, terminal
 from hybridlab.config import ARMS, POLICIES, RuntimeConfig, Sampling, build
 from hybridlab.errors import ConfigError, choose
 from hybridlab.plan import KINDS
@@ -184,7 +184,8 @@ def tune(
         raise typer.Exit(terminal.FAILED)
 
 
-for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", profiling), ("system", systembench)):
+for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", profiling), ("system", systembench),
+                       ("soak", soaking)):
     app.command(_name, epilog=_module.EXAMPLES)(_module.command)
 
 

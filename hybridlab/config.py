@@ -218,6 +218,21 @@ class SystemConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: Positive = 1
 
 
+class SoakConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One soak: requests that force evictions all along, with canaries, over a worker that is stopped and killed."""
+
+    model: str = "tiny"
+    arm: Literal["graph", "hybrid"] = "hybrid"
+    policy: str | Policy = "whole"
+    process: Process = "worker"                         # "here": nothing is stopped or killed
+    device: str = "auto"
+    dtype: str | None = None
+    minutes: Annotated[float, Meta(gt=0, le=10080)] = 10.0
+    trace: str = "uniform"                              # as in CacheConfig
+    cache_graphs: Annotated[int, Meta(ge=2, le=64)] = 5  # that the cache holds; four times as many are asked for
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
 Variant = Literal["torch", "kernel", "kernel, pdl"]  # stock PyTorch, our kernels, these begun early
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridlab import environment, paths, schemas
-from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
+from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SoakConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.errors import RunError
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, hashes, verify
 
@@ -29,11 +29,11 @@ Status = Literal["complete", "failed"]
 RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
 PARTS, FAILURE = "parts", "failure.json"
 
-Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig
+Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | SoakConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
     "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE),
     "kernels": (BenchConfig, schemas.KERNELS), "trace": (TraceConfig, schemas.TRACE),
-    "system": (SystemConfig, schemas.SYSTEM)}
+    "system": (SystemConfig, schemas.SYSTEM), "soak": (SoakConfig, schemas.SOAK)}
 
 NULLABLE = {pa.int64(): "Int64", pa.bool_(): "boolean"}  # pandas would make floats and objects of these
 
