@@ -41,8 +41,8 @@ audit: $(READY) ## compare the pinned dependencies with published advisories (ne
 FUZZ_S ?= 60
 fuzz: compiler $(READY) ## attack the readers of files with random ones, FUZZ_S=60 seconds each
 	@$(PIP) atheris
-	@for harness in checkpoint config kineto nsys; do \
-		echo "==> $$harness" && $(BIN)/python -m tests.fuzz.$$harness -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
+	@for name in weights index config kineto nsys; do \
+		echo "==> $$name" && $(BIN)/python -m tests.fuzz.harness $$name -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
 
 setup: $(READY) ## only make .venv
 

@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 from hybridlab.errors import StatisticsError
 
 BLOCKS, LEAST = 24, 96  # blocks whose medians are looked at, and rows that they need
-SETTLING = 0.1          # of the time: caches fill, allocators find their size
+SETTLING = 0.1          # of the rows: caches fill, allocators find their size
 MIB = 2**20
 
 
@@ -59,13 +59,12 @@ class Slope(NamedTuple):
 
 def slope(at_s: ArrayLike, values: ArrayLike) -> Slope:
     """The slope of Theil (1950) and Sen (1968) over medians of blocks of equal length, after the first tenth of the
-    time: one slow request, or one that found a worker being started, moves no median.
+    rows: one slow request, or one that found a worker being started, moves no median.
 
     Raises: StatisticsError for too few rows.
     """
     at, found = np.asarray(at_s, dtype=float), np.asarray(values, dtype=float)
-    settled = at >= SETTLING * at.max() if len(at) else np.zeros(0, dtype=bool)
-    at, found = at[settled], found[settled]
+    at, found = at[int(SETTLING * len(at)):], found[int(SETTLING * len(found)):]
     if len(found) < LEAST:
         raise StatisticsError(f"{len(found)} rows do not show whether anything grows", f"it needs n >= {LEAST}",
                               "soak longer")

@@ -29,6 +29,7 @@ from hybridlab.tokens import Output
 TIMES = 4                  # more keys than the cache holds
 LONGEST = 256              # tokens of a prompt
 NEW = 8                    # tokens of a request
+FEWEST = 120               # requests, however short the time
 EVERY = 10                 # requests from one canary to the next
 STOPPED_S = 0.3            # that a stopped worker rests
 ASKED = 1000               # requests that are made at once
@@ -139,6 +140,7 @@ class _Soak:
         self._batch = 0
 
     def __enter__(self) -> _Soak:
+        """Records the canaries and warms up, outside of the time: on a CPU each length is compiled for, once."""
         wanted = [self.buckets[0], self.buckets[len(self.buckets) // 2], self.buckets[-1]]
         self.runtime = self._made("eager")
         self.prompts = measure.prompts(self.runtime.model, range(1, self.buckets[-1] + 1), self.config.seed)
@@ -148,6 +150,7 @@ class _Soak:
         with self.runtime:
             self.canaries = {length: self._answer(length).ids for length in wanted}
         self._begin()
+        self.runtime.warm_up(self.buckets)
         self.gauge, self.hand = _Gauge(self.runtime.device), _Hand(self._moments(), self.process)
         return self
 
@@ -170,16 +173,18 @@ class _Soak:
         self.counted = {"captures": 0.0, "evictions": 0.0}
 
     def _moments(self) -> list[tuple[float, str]]:
-        """When the worker is stopped and killed: each once in two minutes, at random."""
+        """When the worker is stopped and killed: each once in two minutes, at random in one half of them or the other,
+        as what was killed can be stopped no more."""
         count = max(1, round(self.config.minutes / 2)) if self.process is not None else 0
-        return sorted((self.seconds * self.draw.uniform(0.15, 0.85), kind) for kind in ("stop", "kill")
-                      for _ in range(count))
+        span = self.seconds / count
+        return [(span * (number + self.draw.uniform(*where)), kind) for number in range(count)
+                for where, kind in (((0.1, 0.5), "stop"), ((0.5, 0.9), "kill"))]
 
     def rows(self, report: Report) -> Iterator[list[Row]]:
         """Requests until the time is over, a list of rows about every second. Raises: RunError for a wrong canary."""
         start, found, flushed, request = time.monotonic(), list[Row](), 0.0, 0
         self.hand.start()
-        while (at := time.monotonic() - start) < self.seconds or not found:
+        while (at := time.monotonic() - start) < self.seconds or request < FEWEST:
             canary = request % EVERY == 0
             length = self.draw.choice(sorted(self.canaries)) if canary else self._next()
             row = self._served(length, canary)

@@ -29,11 +29,9 @@ def test_half_a_compiled_kernel_is_compiled_again(tmp_path: Path) -> None:
     """Every later process ended by a file that one which was killed could not finish."""
     first = compile_in(tmp_path)
     assert first.returncode == 0, first.stderr
-    libraries = [path for path in tmp_path.rglob("*.so") if path.stat().st_size]
-    assert libraries
-    for path in libraries:
-        path.write_bytes(b"")
+    (library,) = tmp_path.rglob("*.main.so")  # the other one says what the CPU can do
+    library.write_bytes(b"")
     again = compile_in(tmp_path)
     assert again.returncode == 0, again.stderr
     assert "compiled again" in again.stderr
-    assert any(path.stat().st_size for path in tmp_path.rglob("*.so"))
+    assert library.stat().st_size

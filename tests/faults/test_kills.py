@@ -61,7 +61,8 @@ CHILD = textwrap.dedent("""
 """)
 ROW = {"round": 0, "request": 0, "arm": "eager", "policy": "whole", "prompt_tokens": 10, "bucket": None, "index": 0,
        "position": 10, "metric": "ttft", "ms": 1.5, "path": "eager", "reason": "", "captures": 0, "compiles": 0,
-       "process": 0, "device_ms": None, "ended_ns": 10, "happened": "", "happened_ms": 0.0, "profiled": False}
+       "process": 0, "device_ms": None, "client_ms": None, "ended_ns": 10, "happened": "", "happened_ms": 0.0,
+       "profiled": False}
 
 
 class Forge:
