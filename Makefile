@@ -41,6 +41,7 @@ audit: $(READY) ## compare the pinned dependencies with published advisories (ne
 FUZZ_S ?= 60
 fuzz: compiler $(READY) ## attack the readers of files with random ones, FUZZ_S=60 seconds each
 	@$(PIP) atheris
+	@echo "==> hypothesis" && FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
 	@for name in weights index config kineto nsys; do \
 		echo "==> $$name" && $(BIN)/python -m tests.fuzz.harness $$name -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
 

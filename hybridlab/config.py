@@ -280,14 +280,14 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"buckets is {values['buckets']!r}", "that is neither a list nor 'exact'",
                           "give ascending prompt lengths, 'exact' for each length by itself, or nothing for a ladder")
     arms = values.get("arms", ()) if "arms" in fields else ()
-    for arm in [arms] if isinstance(arms, str) else arms:
+    for arm in arms if isinstance(arms, list | tuple) else [arms] if isinstance(arms, str) else ():
         choose("arm", arm, ARMS)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}", f"in {kind.__name__}", "give a finite number")
     try:
         return msgspec.convert(dict(values), kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # of half a surrogate pair
         what, _, where = str(error).partition(" - at `$.")
         name = where.partition("[")[0].strip("`.")
         given = shown(values.get(name, dict(values)))

@@ -240,7 +240,7 @@ def _rows(path: Path) -> pa.Table:
     for file in files:
         try:
             tables.append(_cast(pq.ParquetFile(file).read(), schema))
-        except (pa.ArrowException, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
     return pa.concat_tables(tables) if tables else schema.empty_table()
 

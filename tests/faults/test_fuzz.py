@@ -25,7 +25,9 @@ from hybridlab.errors import ConfigError, ModelError, NotebookError, PromptError
 from tests.fuzz import targets
 
 CLASSES = [config.Policy, config.Sampling, config.RuntimeConfig, *get_args(records.Config)]
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = os.environ.get("FUZZ_EXAMPLES")  # set by `make fuzz`; without it the same few each time
+FEW = settings(max_examples=int(MANY or 100), derandomize=MANY is None, deadline=None, database=None,
+               suppress_health_check=list(HealthCheck))
 
 odd = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.sampled_from([2**31, 2**63, -2**63, 10**400]),
@@ -212,7 +214,7 @@ def _with_field(file: Path, draw: Any) -> None:
         file.write_text(json.dumps(found))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@FEW
 @given(data=st.data())
 def test_any_damage_to_a_run_is_seen(recorded: dict[str, Path], data: Any) -> None:
     """A run that somebody sent, or that a disk damaged, shown as complete with other rows, or not shown with a
