@@ -33,7 +33,8 @@ def _inside(path: Path, file: Path) -> bool:
 def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Raise `RunError` for the first file of a run that its manifest lists and that is missing or was changed."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest):
+    if (not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest)
+            or not isinstance(manifest.get("extra", {}), dict)):
         raise RunError(f"{path / MANIFEST} is no manifest", "fields are missing", "restore this file of the run")
     for name, digest in files.items():
         file = path / name

@@ -42,7 +42,7 @@ def read(path: str | Path) -> pd.DataFrame:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             return _Export(connection, path.name).events()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite quotes the bytes that it cannot read
         raise TraceError(f"{path.name} is no readable SQLite file", str(error),
                          "export the report again with nsys export --type=sqlite") from None
 

@@ -175,7 +175,9 @@ class _Soak:
     def _moments(self) -> list[tuple[float, str]]:
         """When the worker is stopped and killed: each once in two minutes, at random in one half of them or the other,
         as what was killed can be stopped no more."""
-        count = max(1, round(self.config.minutes / 2)) if self.process is not None else 0
+        if self.process is None:
+            return []
+        count = max(1, round(self.config.minutes / 2))
         span = self.seconds / count
         return [(span * (number + self.draw.uniform(*where)), kind) for number in range(count)
                 for where, kind in (((0.1, 0.5), "stop"), ((0.5, 0.9), "kill"))]

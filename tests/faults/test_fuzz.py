@@ -156,6 +156,7 @@ def test_any_bytes_are_read_or_refused(name: str, data: Any) -> None:
 # Inputs that once ended in another way, by the target that they broke.
 FOUND: list[tuple[Callable[[bytes], None], bytes]] = [
     (targets.config, b'{"model_type": "llama", "hidden_size": 1e400}'),
+    (targets.nsys_file, targets.database().replace(b"CREATE TABLE", b"CREATE \xa0ABLE", 1)),
     (targets.weights, (2**62).to_bytes(8, "little") + b"{}"),
 ]
 
