@@ -17,7 +17,7 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Token:
     """One new token: `path` is what ran its forward; `ms` is from the request (first token) or from the moment the
-    consumer asked for it (further tokens) until its id was on the host."""
+    consumer asked for it (further tokens; a worker asks itself at once) until its id was on the host."""
 
     id: int
     text: str | None

@@ -86,6 +86,19 @@ CASES: dict[int, tuple[str, str]] = {
         unit/test_runtime: test_broken_weights_raise
         unit/test_policy_runs: test_broken_logits_are_raised_and_not_fed_back
         gpu/test_cuda: test_broken_logits_do_not_end_the_process"""),
+    18: ("the worker is killed", """
+        faults/test_processes: test_case_18_a_killed_worker_fails_the_run_with_its_rows_and_the_next_run_works
+            test_case_18_a_device_that_is_broken_for_good_is_a_death
+        faults/test_soak: test_a_worker_is_stopped_and_killed_and_every_canary_stays_right
+        faults/test_compiled: test_half_a_compiled_kernel_is_compiled_again"""),
+    19: ("the notebook's kernel or the parent is killed", """
+        faults/test_processes: test_case_19_a_worker_is_gone_ten_seconds_after_its_parent
+            test_case_19_gpu_memory_is_back_after_the_parent"""),
+    20: ("the worker hangs", """
+        faults/test_processes: test_case_20_a_worker_that_hangs_is_ended_and_what_wakes_it_later_does_no_harm"""),
+    21: ("frames that are none", """
+        faults/test_processes: test_case_21_a_pickle_for_a_frame_is_refused_and_ends_the_worker
+        unit/test_frames: test_what_is_no_frame_is_refused test_random_bytes_end_in_a_refusal_or_a_frame"""),
     22: ("malformed safetensors, tensors that do not fit", """
         unit/test_models: test_truncated_weights_name_the_file test_malformed_weights_name_the_file
             test_huge_header_length test_truncated_shard_is_named test_missing_extra_and_wrong_tensors_are_all_listed
@@ -130,7 +143,6 @@ CASES: dict[int, tuple[str, str]] = {
         unit/test_traceviews: test_a_page_with_hostile_names_can_be_written
         unit/test_repository: test_committed_notebooks_are_clean"""),
 }
-OF_THE_WORKER = range(18, 22)  # a second process that dies, hangs, is left alone, or speaks nonsense
 
 PROMISES: dict[int, str] = {
     1: """unit/test_runtime: test_greedy_tokens_equal_generate test_broken_weights_raise
@@ -141,7 +153,8 @@ PROMISES: dict[int, str] = {
     3: """faults/test_kills: test_promise_3_no_finished_row_is_lost_or_doubled_in_200_kills
           faults/test_files: test_case_28_a_full_disk_at_every_call_in_turn_loses_nothing_finished
           notebooks/test_run: test_a_second_run_leaves_the_first_alone""",
-    4: """unit/test_restarts: test_nothing_is_left_when_the_parent_gives_up
+    4: """faults/test_processes: test_case_19_a_worker_is_gone_ten_seconds_after_its_parent
+          unit/test_restarts: test_nothing_is_left_when_the_parent_gives_up
           unit/test_records: test_a_full_disk_leaves_the_old_file
           notebooks/test_run: test_an_interrupt_leaves_a_verdict_and_no_kernel
           gpu/test_cache: test_memory_comes_back test_failed_captures_cost_no_memory""",
@@ -180,7 +193,7 @@ def absent(text: str) -> list[str]:
 
 def test_every_case_has_a_test() -> None:
     """A case that nobody tests, among thirty that look complete."""
-    assert sorted({*CASES, *OF_THE_WORKER}) == list(range(1, 31))
+    assert list(CASES) == list(range(1, 31))
     assert all(listed(text) for _, text in CASES.values())
 
 
@@ -196,7 +209,7 @@ def test_every_numbered_test_is_listed() -> None:
         for name in defined(f"faults/{path.stem}"):
             if match := re.match(r"test_case_(\d\d)_", name):
                 number = int(match[1])
-                assert number in OF_THE_WORKER or (f"faults/{path.stem}", name) in listed(CASES[number][1]), name
+                assert (f"faults/{path.stem}", name) in listed(CASES[number][1]), name
 
 
 @pytest.mark.parametrize("promise", PROMISES)

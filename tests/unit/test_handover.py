@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,10 +83,6 @@ def test_counters_arrive_as_they_are(ends):
 
 def test_the_memory_has_no_name_and_goes_with_its_owners(ends):
     """Memory with a name outlives a process that is killed."""
-    client, worker = ends
-    descriptors = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-                   if Path(f"/proc/self/fd/{fd}").is_symlink()}
-    assert not any("hybridlab" in name and "memfd" not in name for name in descriptors)
     mapped = Path("/proc/self/maps").read_text()
-    assert "memfd:hybridlab (deleted)" in mapped
+    assert mapped.count("memfd:hybridlab (deleted)") == len(ends)
     assert not list(Path("/dev/shm").glob("*hybridlab*"))

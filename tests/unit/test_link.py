@@ -1,4 +1,4 @@
-"""A client and a worker without a model: every way in which a worker can end is an error in time, and then stays one."""
+"""A client and a worker without a model: each way in which a worker can end is an error in time, and stays one."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def asked(first: int, count: int = 10) -> SimpleNamespace:
     return SimpleNamespace(ids=[first, 5], max_new_tokens=count, sampling=Sampling(), stop=frozenset())
 
 
-def ids(client: Client, first: int, count: int = 10) -> list[int]:
-    return [step.id for step, _ in client.serve(asked(first, count))]
+def ids(client: Client, first: int, count: int = 10, got: list[int] | None = None) -> list[int]:
+    got = [] if got is None else got
+    got.extend(step.id for step, _ in client.serve(asked(first, count)))
+    return got
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Client]]:
 
 def descriptors() -> int:
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_tokens_counters_and_answers_arrive(start):
@@ -113,8 +115,7 @@ def test_an_error_of_a_request_comes_after_its_tokens(start):
     """An error that swallows tokens which were there, or one that ends a worker which could go on."""
     client, got = start(), []
     with pytest.raises(NonFinite) as found:
-        for step, _ in client.serve(asked(NAN)):
-            got.append(step.id)
+        ids(client, NAN, got=got)
     assert got == [NAN, NAN + 1, NAN + 2]
     assert (found.value.fact, found.value.context, found.value.remedy) == ("the logits hold NaN", "here", "look")
     assert ids(client, 100, 2) == [100, 101]
@@ -136,8 +137,7 @@ def test_a_worker_that_ends_or_lies_is_an_error_in_time_and_stays_one(start, wha
     """A client that hangs, or goes on with a worker that is gone or not to be trusted."""
     client, got = start(), []
     with pytest.raises(error, match=message) as first:
-        for step, _ in client.serve(asked(what)):
-            got.append(step.id)
+        ids(client, what, got=got)
     assert got[:3] == [what, what + 1, what + 2]
     assert not psutil.pid_exists(client.link.pid)
     for call in (client.echo, client.settle, lambda: next(client.serve(asked(100))), lambda: client.seal(True)):
@@ -317,7 +317,8 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("what", ["no msgpack", "pickle", "long", "out of vocabulary", "too many tokens", "Build twice"])
+@pytest.mark.parametrize("what", ["no msgpack", "pickle", "long", "out of vocabulary", "too many tokens",
+                                  "Build twice"])
 def test_a_bad_order_ends_the_worker_and_does_nothing(start, tmp_path, what):
     """A worker that carries out half an order, or one whose sender cannot be its client."""
     client = start()

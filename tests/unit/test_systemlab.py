@@ -1,5 +1,7 @@
 """What serving costs beside latency: every value is one that can be worked out or counted otherwise."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -67,4 +69,18 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(error):
             systemlab.run(config, root=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
-    assert SystemConfig().parts == ("coldstart", "memory", "overhead")
+    assert SystemConfig().parts == ("coldstart", "memory", "overhead", "ipc")
+
+
+def test_the_cost_of_a_second_process_is_a_part(tmp_path, monkeypatch):
+    """A ratio in words that is not the median of its rows; a part whose two runtimes are the same one."""
+    made = []
+    monkeypatch.setattr(systemlab, "_runtime", lambda config, process="here": nullcontext(made.append(process)))
+    monkeypatch.setattr(systemlab.crossing, "crossing", lambda here, worker, seed, done: [
+        {"round": turn, "setting": setting, "step": "gap", "value": value + turn, "unit": unit}
+        for turn in range(9) for setting, value, unit in (("here", 10.0, "ms"), ("worker / here", 1.25, "×"))])
+    result = systemlab.run({"parts": ["ipc"]}, root=tmp_path, progress=False)
+    assert made == ["here", "worker"]
+    assert result.reading() == "By the asker's clock a gap takes 5.25 times as long through a worker as here."
+    assert [row[:4] for row in result.grid().rows] == [["ipc here", "gap", "ms", "9"],
+                                                       ["ipc worker / here", "gap", "×", "9"]]
