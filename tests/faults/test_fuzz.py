@@ -26,7 +26,7 @@ from tests.fuzz import targets
 
 CLASSES = [config.Policy, config.Sampling, config.RuntimeConfig, *get_args(records.Config)]
 MANY = os.environ.get("FUZZ_EXAMPLES")  # set by `make fuzz`; without it the same few each time
-FEW = settings(max_examples=int(MANY or 100), derandomize=MANY is None, deadline=None, database=None,
+FEW = settings(max_examples=int(MANY or 60), derandomize=MANY is None, deadline=None, database=None,
                suppress_health_check=list(HealthCheck))
 
 odd = st.one_of(
