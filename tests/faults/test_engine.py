@@ -40,8 +40,9 @@ def wanted(tiny: PreTrainedModel) -> Callable[[int, int], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def hybrid(tiny: PreTrainedModel) -> Iterator[hl.Runtime]:
-    with hl.Runtime(tiny, capture="sync", buckets=BUCKETS, max_len=ROWS) as runtime:
+def replaying(tiny: PreTrainedModel) -> Iterator[hl.Runtime]:
+    """Of arm graph, which has nothing to compile."""
+    with hl.Runtime(tiny, arm="graph", capture="sync", buckets=BUCKETS, max_len=ROWS) as runtime:
         yield runtime
 
 
@@ -140,15 +141,15 @@ def test_case_06_without_the_guard_a_second_thread_gets_in(owned: tuple[GraphCac
     assert owned[0].counters.captures + owned[0].counters.replays == 2
 
 
-def test_case_06_a_request_belongs_to_one_thread_and_the_next_to_any(hybrid: hl.Runtime,
+def test_case_06_a_request_belongs_to_one_thread_and_the_next_to_any(replaying: hl.Runtime,
                                                                     wanted: Callable[[int, int], list[int]]) -> None:
     """A stream advanced from two threads; or a runtime that only the thread which made it can use."""
-    stream = hybrid.stream(prompt(9), max_new_tokens=NEW, stop=[])
+    stream = replaying.stream(prompt(9), max_new_tokens=NEW, stop=[])
     next(stream)
     with pytest.raises(WrongThread):
         in_thread(lambda: next(stream))
     for run in (in_thread, lambda work: work()):
-        assert run(lambda: hybrid.generate(prompt(9), max_new_tokens=NEW, stop=[])).ids == wanted(9, NEW)
+        assert run(lambda: replaying.generate(prompt(9), max_new_tokens=NEW, stop=[])).ids == wanted(9, NEW)
 
 
 def test_case_05_no_collection_happens_during_a_capture() -> None:
@@ -165,31 +166,31 @@ def test_case_05_no_collection_happens_during_a_capture() -> None:
     assert (seen, gc.isenabled()) == ([False], True)
 
 
-def test_case_13_every_length_around_a_bucket_is_exact(hybrid: hl.Runtime,
+def test_case_13_every_length_around_a_bucket_is_exact(replaying: hl.Runtime,
                                                        wanted: Callable[[int, int], list[int]]) -> None:
     """A bucket one row short, or a prompt padded to the wrong one."""
     for length in (1, *(b + d for b in BUCKETS for d in (-1, 0, 1)), ROWS - 1):
         count = min(NEW, ROWS - length)
-        out = hybrid.generate(prompt(length), max_new_tokens=count, stop=[])
+        out = replaying.generate(prompt(length), max_new_tokens=count, stop=[])
         assert out.ids == wanted(length, count), length
         assert out.bucket == next((bucket for bucket in BUCKETS if bucket >= length), None)
 
 
-def test_case_13_lengths_outside_are_refused_with_the_limit(hybrid: hl.Runtime) -> None:
+def test_case_13_lengths_outside_are_refused_with_the_limit(replaying: hl.Runtime) -> None:
     """StopIteration, an index error, or a cut prompt for a length that no bucket and no cache holds."""
-    before = hybrid.counters.as_dict()
+    before = replaying.counters.as_dict()
     for length, says in ((0, "empty"), (ROWS, "holds 40 tokens"), (ROWS + 1, "holds 40 tokens|holds more than 40")):
         with pytest.raises(PromptError, match=says):
-            hybrid.generate(prompt(length), max_new_tokens=1)
-    assert hybrid.counters.as_dict() == before
+            replaying.generate(prompt(length), max_new_tokens=1)
+    assert replaying.counters.as_dict() == before
 
 
-def test_case_14_a_second_caller_on_another_thread_is_refused(hybrid: hl.Runtime,
+def test_case_14_a_second_caller_on_another_thread_is_refused(replaying: hl.Runtime,
                                                              wanted: Callable[[int, int], list[int]]) -> None:
     """Two requests that write one KV cache, whichever threads they come from."""
-    stream = hybrid.stream(prompt(9), max_new_tokens=NEW, stop=[])
+    stream = replaying.stream(prompt(9), max_new_tokens=NEW, stop=[])
     first = [next(stream).id for _ in range(2)]
-    in_thread(lambda: refused_as(EngineBusy, lambda: hybrid.generate(prompt(3), max_new_tokens=2)))
+    in_thread(lambda: refused_as(EngineBusy, lambda: replaying.generate(prompt(3), max_new_tokens=2)))
     assert first + [token.id for token in stream] == wanted(9, NEW)
 
 
@@ -269,13 +270,13 @@ ENDLESS = {"ten megabytes of text": lambda: "word " * 2_000_000, "ids without an
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_case_25_a_prompt_beyond_all_bounds_is_refused_unread(kind: str, hybrid: hl.Runtime,
+def test_case_25_a_prompt_beyond_all_bounds_is_refused_unread(kind: str, replaying: hl.Runtime,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a minute of tokenising, or a loop without an end, before a refusal that its length alone decides."""
-    monkeypatch.setattr(hybrid.model, "tokenizer", lambda *_, **__: pytest.fail("the text was cut into tokens"))
+    monkeypatch.setattr(replaying.model, "tokenizer", lambda *_, **__: pytest.fail("the text was cut into tokens"))
     given, start = ENDLESS[kind](), time.monotonic()
     with pytest.raises(PromptError, match="holds 40 tokens"):
-        hybrid.generate(given)
+        replaying.generate(given)
     assert time.monotonic() - start < 5
 
 
@@ -284,10 +285,10 @@ def test_case_25_a_prompt_beyond_all_bounds_is_refused_unread(kind: str, hybrid:
     ({"temperature": None}, "temperature"), ({"stop": itertools.repeat(5)}, "stop holds more than"),
     ({"stop": [10**5000]}, r"stop\[0\]"), ({"seed": 10**5000}, "seed")], ids=range(6))
 def test_case_25_settings_of_any_type_and_size_are_refused(arguments: dict[str, Any], says: str,
-                                                           hybrid: hl.Runtime) -> None:
+                                                           replaying: hl.Runtime) -> None:
     """A TypeError or an integer too long to print, from inside, where field and bound should stand."""
     with pytest.raises(hl.HybridlabError, match=says) as caught:
-        hybrid.generate([5], **arguments)
+        replaying.generate([5], **arguments)
     assert len(str(caught.value)) < 1000
 
 
