@@ -25,9 +25,10 @@ def test_kernels_touch_only_what_is_theirs(tool: str) -> None:
     found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     if tool == "memcheck":  # each tensor an allocation of its own, so that one row too many is seen
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    script = Path(__file__).with_name("kernels_once.py")
     done = subprocess.run(
-        [str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name-exclude", "kernel_substring=at::",
-         sys.executable, str(Path(__file__).with_name("kernels_once.py"))],
+        [str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name-exclude",
+         "kernel_substring=at::", sys.executable, str(script)],
         env=os.environ | found, capture_output=True, text=True, timeout=420)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0 hazards" in done.stdout
