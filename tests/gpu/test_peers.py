@@ -6,7 +6,8 @@ import torch
 from hybridlab import hfpeers, measure, outlines, peers
 from hybridlab.engines import PeersConfig
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+              pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")]  # Inductor begins its pool so
 
 
 @pytest.fixture(scope="module")
