@@ -26,7 +26,7 @@ PACKAGE = ROOT / "hybridlab"
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events", "children", "handover", "echo"),
+     "tuning", "events", "children", "handover"),
     ("engines", "paperconfig", "published"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
