@@ -21,7 +21,8 @@ from hybridlab.runtime import Runtime
 
 POLICIES = ("never", "sync", "async")
 OVERLAP_ROUNDS, OVERLAP_CAPTURES = 3, 20
-SPLIT = {"arm": "hybrid", "kernels": "torch", "capture": "sync", "max_len": 64}  # rows: a crossing needs 49
+# Of both engines of a crossing, whose requests need 49 rows.
+SPLIT: dict[str, Any] = {"arm": "hybrid", "kernels": "torch", "capture": "sync", "max_len": 64}
 
 
 def capture(arms: Arms) -> Iterator[list[Row]]:

@@ -187,10 +187,11 @@ def test_milliseconds_are_compared_on_the_same_gpu_only() -> None:
 
 def crossing(here: float, worker: float, same: float = 100.0, trip: float = 0.3) -> list[Any]:
     """Twenty turns of one engine here and one in a worker, as `papercosts.ipc` records them."""
-    return [row("ipc", arm=arm, round=k, metric=metric, value=value * (1 + 0.01 * (-1) ** k * (unit == "ms")), unit=unit)
-            for k in range(20) for arm, metric, value, unit in (
-                ("here", "gap", here, "ms"), ("worker", "gap", worker, "ms"), ("worker", "round trip", trip, "ms"),
-                ("worker", "hand-over", trip / 10, "ms"), ("worker / here", "same tokens", same, "%"))]
+    cells = (("here", "gap", here, "ms"), ("worker", "gap", worker, "ms"), ("worker", "round trip", trip, "ms"),
+             ("worker", "hand-over", trip / 10, "ms"), ("worker / here", "same tokens", same, "%"))
+    return [row("ipc", arm=arm, round=k, metric=metric, unit=unit,
+                value=value * (1 + 0.01 * (-1) ** k * (unit == "ms")))
+            for k in range(20) for arm, metric, value, unit in cells]
 
 
 def test_a_round_trip_is_held_against_the_published_range() -> None:
@@ -225,7 +226,8 @@ def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, mode
     for number in range(11):
         run.append([{**cell, "round": number, "request": number * len(asked) + request, "arm": arm,
                      "prompt_tokens": length, "index": index, "position": length + index, "metric": metric,
-                     "ms": (ms[arm][0] + length / 100 if metric == "ttft" else ms[arm][1]) * (1 + 0.01 * (-1) ** number)}
+                     "ms": (1 + 0.01 * (-1) ** number)
+                     * (ms[arm][0] + length / 100 if metric == "ttft" else ms[arm][1])}
                     for request, (arm, length, metric) in enumerate(asked)
                     for index in ([0] if metric == "ttft" else range(1, 48))])
     run.finish(status, "it was killed" if status == "failed" else "", extra={"systems": {
