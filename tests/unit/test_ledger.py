@@ -216,7 +216,7 @@ def test_two_processes_are_judged_by_gaps_of_equal_tokens() -> None:
 def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, model: str = "tiny",
               status: Literal["complete", "failed"] = "complete", failed: str = "") -> Path:
     """A recorded run of kind peers: a first token and 47 gaps of each system, four prompt lengths and eleven rounds;
-    `ms` of both, one per cent up and down and a hundredth of the first token's for each row of the prompt."""
+    `ms` of both, ten per cent up and down and a hundredth more of a first token's for each row of the prompt."""
     config = PeersConfig(model=model, systems=tuple(ms)[1:], arms=("hybrid",), lengths=LENGTHS, new_tokens=48,
                          device="cpu")
     run = records.Run.create(config, root, name)
@@ -226,7 +226,7 @@ def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, mode
     for number in range(11):
         run.append([{**cell, "round": number, "request": number * len(asked) + request, "arm": arm,
                      "prompt_tokens": length, "index": index, "position": length + index, "metric": metric,
-                     "ms": (1 + 0.01 * (-1) ** number)
+                     "ms": (1 + 0.1 * (-1) ** number)
                      * (ms[arm][0] + length / 100 if metric == "ttft" else ms[arm][1])}
                     for request, (arm, length, metric) in enumerate(asked)
                     for index in ([0] if metric == "ttft" else range(1, 48))])
@@ -252,6 +252,9 @@ def test_other_engines_are_judged_by_the_run_that_took_turns_with_them(tmp_path:
     tail = judged("p99-tensorrt", rows, peers=peers)
     assert (tail.verdict, tail.here.partition(" [")[0]) == (REPRODUCED, f"{1 - 7 / 9:+.1%}")
     assert tail.here.endswith(f"n = {11 * 4 * 47:,}"), "all gaps, and no first token"
+    evidence = Evidence(pd.DataFrame(rows).assign(run_id="r1"), "r1", False, "tiny", "", peers)
+    mean = judging.peer(evidence, part="cached", system="tensorrt-llm", statistic="mean")
+    assert mean.here.startswith("+22.2% [+22.2%, +22.2%]"), "gap by gap: what both met is no difference"
     assert judged("short-generations", rows, peers=peers).verdict == REPRODUCED
     assert "Run a1." in ledger.grid([entry], "run r1").rows[0][5]
     assert "Run" not in ledger.grid([entry], "run a1").rows[0][5]
