@@ -22,6 +22,7 @@ CACHES = ("warm", "cold")
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 STAGES = ("process", "imports", "model", "runtime", "first token", "first replay")
 PROMPT, TRIES, LAST = 16, 5, 3  # tokens, requests, lines of stderr
+PATIENCE_S = 30.0  # for a process that was killed
 
 Row = dict[str, Any]
 
@@ -76,7 +77,7 @@ def _child(asked: str, environment: dict[str, str], timeout_s: float) -> tuple[i
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            child.communicate(timeout=PATIENCE_S)
     if child.returncode:
         raise MeasureError("a cold start failed", f"exit {child.returncode}: "
                            + " | ".join(said.strip().splitlines()[-LAST:]), "see what the process said")

@@ -28,6 +28,7 @@ from hybridlab.errors import RunError
 from hybridlab.progress import Report
 
 EVERY_S = 0.5  # between two looks at how far a process is
+PATIENCE_S = 30.0  # for a process that was killed
 LAST = 5       # lines of what a process said before it died
 
 
@@ -129,7 +130,7 @@ def child(command: list[str], said: TextIO, environment: dict[str, str],
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
+            started.wait(PATIENCE_S)
         for pipe in filter(None, (started.stdin, started.stdout)):
             with suppress(BrokenPipeError):  # what it was asked last and never read
                 pipe.close()
