@@ -194,10 +194,9 @@ class Lab:
         self.warm_up()
         self.started = time.monotonic()
         passes = 0
-        with self.telemetry:
-            for rows in self.passes():
-                target.append(rows)
-                passes += 1
+        for rows in self.passes():
+            target.append(rows)
+            passes += 1
         for asked, part in ((self.config.cost_lengths, capturing.cost), (self.config.disturb, capturing.disturb)):
             if asked:
                 self._rounds(part, target)
@@ -225,17 +224,19 @@ class Lab:
 
     def passes(self) -> Iterator[list[Row]]:
         """The rows of one finished pass at a time: in each round every setting once, in an order drawn anew from the
-        seed. The first round is always made; no later pass starts after the budget is over."""
+        seed. The first round is always made; no later pass starts after the budget is over. The machine is read all the
+        while."""
         entries, total = list(self.settings.items()), len(self.settings) * self.config.repeats
         done = 0
-        for round_ in range(self.config.repeats):
-            for index in np.random.default_rng([self.config.seed, round_]).permutation(len(entries)):
-                if round_ and self._over():
-                    return
-                name, changes = entries[index]
-                self.report(_progress(done, total, time.monotonic() - self.started, name), done, total)
-                yield self._pass(round_, name, changes)
-                done += 1
+        with self.telemetry:
+            for round_ in range(self.config.repeats):
+                for index in np.random.default_rng([self.config.seed, round_]).permutation(len(entries)):
+                    if round_ and self._over():
+                        return
+                    name, changes = entries[index]
+                    self.report(_progress(done, total, time.monotonic() - self.started, name), done, total)
+                    yield self._pass(round_, name, changes)
+                    done += 1
 
     def _pass(self, round_: int, name: str, changes: Mapping[str, Any]) -> list[Row]:
         begun = time.perf_counter_ns()

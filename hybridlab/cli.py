@@ -239,8 +239,8 @@ def check(
 
     A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
     of ablation also ttft, itl, cache, kernels, steps, trace, system, peers, steadiness, slow, clocks, quantiles and
-    generation, and for the paper paper-ttft, paper-p99, paper-ablations, paper-protocol, paper-costs and ledger. Exit
-    code 1, with a diff, when anything differs.
+    generation, and for the paper paper-ttft, paper-p99, paper-ablations, paper-protocol, paper-costs,
+    paper-processes and ledger. Exit code 1, with a diff, when anything differs.
     """
     with errors(debug):
         from hybridlab import committed, paths

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from hybridlab import measure
 from hybridlab.client import Client
+from hybridlab.errors import MeasureError
 from hybridlab.handover import now_ns
 from hybridlab.runtime import Runtime
 
@@ -17,14 +19,14 @@ PROMPT, NEW, ECHOES, TURNS = 16, 33, 50, 60  # tokens, tokens, round trips a tur
 Row = dict[str, Any]
 
 
-def crossing(here: Runtime, worker: Runtime, seed: int, turn_done: Callable[[int], Any] = lambda turn: None,
-             turns: int = TURNS) -> Iterator[Row]:
-    """Rows of `turns` turns (round) of two runtimes with the same settings: setting, step, value, unit.
+def crossing(here: Runtime, worker: Runtime, seed: int, turns: int = TURNS) -> Iterator[list[Row]]:
+    """The rows of each of `turns` turns (round) of two runtimes with the same settings: setting, step, value, unit.
 
     "round trip": µs of an empty message there and back, the median of a turn's; "hand-over": µs from an id on the
     worker's host until it is in the client, the median of a request's. "first token" and "gap" (the median of a
     request's): ms of one request to each in a random order, by the clock of whoever asked: of the host here, of the
-    client through the worker. Setting "worker / here" is the ratio of the two in the same turn.
+    client through the worker. Setting "worker / here" is the ratio of the two in the same turn; its "same tokens" are
+    the % of new tokens that are equal. Raises: MeasureError where they are not all, in float32.
     """
     engine = worker._engine
     assert isinstance(engine, Client)
@@ -35,25 +37,34 @@ def crossing(here: Runtime, worker: Runtime, seed: int, turn_done: Callable[[int
     with measure.frozen_heap():
         for turn in range(turns):
             found: dict[str, tuple[float, float]] = {}
+            ids: dict[str, list[int]] = {}
             with measure.quiet_collector():
                 for name in rng.permutation(["here", "worker"]).tolist():
                     out = (worker if name == "worker" else here).generate(prompt, max_new_tokens=NEW, stop=[])
                     first, *gaps = out.client_ms or [out.ttft_ms, *out.itl_ms]
-                    found[name] = first, float(np.median(gaps))
+                    found[name], ids[name] = (first, float(np.median(gaps))), out.ids
                 trips = [_trip(engine) for _ in range(ECHOES)]
-            yield _row(turn, "worker", "round trip", float(np.median(trips)), "µs")
-            yield _row(turn, "worker", "hand-over", 1e3 * float(np.median(engine.handover_ms)), "µs")
+            rows = [_row(turn, "worker", "round trip", float(np.median(trips)), "µs"),
+                    _row(turn, "worker", "hand-over", 1e3 * float(np.median(engine.handover_ms)), "µs"),
+                    _row(turn, "worker / here", "same tokens", _same(ids, here.model.dtype), "%")]
             for index, step in enumerate(("first token", "gap")):
-                for name in ("here", "worker"):
-                    yield _row(turn, name, step, found[name][index], "ms")
-                yield _row(turn, "worker / here", step, found["worker"][index] / found["here"][index], "×")
-            turn_done(turn + 1)
+                rows += [_row(turn, name, step, found[name][index], "ms") for name in ("here", "worker")]
+                rows.append(_row(turn, "worker / here", step, found["worker"][index] / found["here"][index], "×"))
+            yield rows
 
 
 def _trip(engine: Client) -> float:
     start = now_ns()
     engine.echo()
     return (now_ns() - start) / 1e3
+
+
+def _same(ids: dict[str, list[int]], dtype: torch.dtype) -> float:
+    equal = sum(one == other for one, other in zip(ids["here"], ids["worker"], strict=True))
+    if equal < NEW and dtype == torch.float32:
+        raise MeasureError("the worker's greedy tokens differ from those here", f"{NEW - equal} of {NEW}",
+                           "report this: the times compare nothing")
+    return 100 * equal / NEW
 
 
 def _row(turn: int, setting: str, step: str, value: float, unit: str) -> Row:

@@ -7,7 +7,7 @@ interleaved, are compared; a claim whose rows are not there, or too few, raises 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import StatisticsError
 from hybridlab.stats import Estimate
 
-KEYS = ["round", "tokens", "index"]  # what two arms of one part share
+KEYS = ["round", "tokens", "position", "index"]  # what two arms of one part share
 TIMED = ("ttft", "gap")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The rows of one recorded run, what it ran on, and the rows of other engines on the same machine and model."""
+    """The rows of one recorded run, what it ran on, and in the same columns those of a run of other engines beside ours
+    on the same machine and model."""
 
     rows: pd.DataFrame
     run_id: str
@@ -36,11 +37,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether the rule holds, our number in words with its interval, and what it stands against."""
+    """Whether the rule holds, our number in words with its interval, what it stands against, and the run that the rows
+    are of where it is another one."""
 
     holds: bool
     here: str
     against: str = ""
+    run_id: str = ""
 
 
 Judge = Callable[..., Finding]
@@ -70,32 +73,30 @@ def growth(evidence: Evidence, *, part: str, arm: str, statistic: str, before: i
 
 def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Sequence[Any] | None = None,
          first: int | None = None) -> Finding:
-    """How much smaller `statistic` of hybrid is than that of another engine; of first tokens at the length where most.
-    """
-    theirs = _peer(evidence, system, "ttft" if part == "ttft" else "itl", first)
-    ours = _own(evidence, part, "hybrid")
-    ours = ours[ours["index"] < first] if first is not None else ours
-    if part == "ttft":
-        shared = sorted(set(ours["tokens"]) & set(theirs["prompt_tokens"]))
-        _require(shared, f"no prompt length that {system} was measured at")
-        pairs = [(ours.loc[ours["tokens"] == n, "value"], theirs.loc[theirs["prompt_tokens"] == n, "ms"])
-                 for n in shared]
-        found = max((_flipped(stats.change(own, other, statistic)) for own, other in pairs), key=lambda one: one.value)
-    else:
-        found = _flipped(stats.change(ours["value"], theirs["ms"], statistic))
-    return _reached(found, published.value(cell) if cell else 0.0)
+    """How much smaller `statistic` of hybrid is than that of another engine in the run that took turns with it: of
+    first tokens at the length where most, of gaps over all requests."""
+    beside = _beside(evidence, system, first)
+    lengths = sorted(set(_own(beside, part, system)["tokens"])) if part == "ttft" else [None]
+    found = max((_flipped(_change(beside, part, "hybrid", system, statistic, tokens)) for tokens in lengths),
+                key=lambda one: one.value)
+    return replace(_reached(found, published.value(cell) if cell else 0.0), run_id=beside.run_id)
 
 
 def lowest(evidence: Evidence, *, part: str, arm: str) -> Finding:
-    """Whether no other arm has a p99 below this one's with disjoint intervals, at any length with enough gaps."""
-    lines = by_length(evidence.rows, part, "p99")
-    _require(lines, "fewer gaps than a p99 needs")
-    own = {tokens: found for name, tokens, found in lines if name == arm}
-    _require(own, f"no p99 of {arm}")
-    lost = sorted({tokens for name, tokens, found in lines if tokens in own and not name.startswith(arm)
-                   and found.high < own[tokens].low})
-    others = sorted({name for name, _, _ in lines if not name.startswith(arm)})
-    return Finding(not lost, f"lowest at {len(own) - len(lost)} of {len(own)} lengths", f"among {', '.join(others)}")
+    """Whether no other arm, and no other engine in the run beside ours, has a p99 below this one's of the same run with
+    disjoint intervals, at any length with enough gaps."""
+    lost, among = set[int](), dict[str, list[int]]()
+    for rows in (evidence.rows, evidence.peers):
+        lines = [] if rows is None else by_length(rows, part, "p99")
+        own = {tokens: found for name, tokens, found in lines if name == arm}
+        for name, tokens, found in lines:
+            if tokens in own and not name.startswith(arm):
+                among.setdefault(name, []).append(tokens)
+                lost |= {tokens} if found.high < own[tokens].low else set()
+    _require(among, f"fewer gaps than a p99 needs, of {arm} or of all others")
+    compared = len({length for lengths in among.values() for length in lengths})
+    return Finding(not lost, f"lowest at {compared - len(lost)} of {compared} lengths", "; ".join(
+        f"{name}: {', '.join(map(str, sorted(tokens)))}" for name, tokens in sorted(among.items())))
 
 
 def undisturbed(evidence: Evidence, *, arm: str, most: float) -> Finding:
@@ -194,14 +195,16 @@ def within(evidence: Evidence, *, part: str, arm: str, metric: str, least: Seque
                    f"{low:g} to {high:g} ms")
 
 
-def unmeasured(evidence: Evidence, *, why: str) -> Finding:
-    """A claim that no run of this kind measures."""
-    raise StatisticsError(why)
+def split(evidence: Evidence, *, part: str, arm: str, base: str) -> Finding:
+    """Whether gaps through a second process are shorter than in one; asked only where all tokens are the same."""
+    same = _own(evidence, part, f"{arm} / {base}", "same tokens")["value"]
+    _require((same == 100).all(), f"tokens of {arm} differ from those of {base} in {(same < 100).sum()} turns")
+    return _reached(_flipped(_change(evidence, part, arm, base, "median")), 0.0)
 
 
 JUDGES: dict[str, Judge] = {judge.__name__: judge for judge in (
     reduction, increase, growth, peer, lowest, undisturbed, disturbed, replayed, missed, cold, below, captured_inside,
-    retained, absolute, within, unmeasured)}
+    retained, absolute, within, split)}
 
 
 def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
@@ -274,15 +277,15 @@ def _at(evidence: Evidence, part: str, arm: str, tokens: int, metric: str | None
     return own
 
 
-def _peer(evidence: Evidence, system: str, metric: str, first: int | None) -> pd.DataFrame:
-    _require(evidence.peers is not None, "no other engine was measured on this machine with this model")
-    assert evidence.peers is not None
-    named = evidence.peers["system"].str.lower().str.replace("-", "").str.contains(system, regex=False)
-    own = evidence.peers[named & (evidence.peers["metric"] == metric)]
-    own = own[own["index"] < first] if first is not None else own
-    _require(len(own), f"{system} is not among the engines that were measured: "
-             f"{', '.join(sorted(set(evidence.peers['system'])))}")
-    return own
+def _beside(evidence: Evidence, system: str, first: int | None) -> Evidence:
+    """The run of other engines as evidence of its own; of the first so many tokens."""
+    rows = evidence.peers
+    _require(rows is not None and len(rows), "no other engine was measured on this machine with this model")
+    assert rows is not None
+    _require((rows["arm"] == system).any(), f"{system} is not among what was measured: "
+             f"{', '.join(sorted(set(rows['arm'])))}")
+    own = rows if first is None else rows[rows["index"] < first]
+    return replace(evidence, rows=own, run_id=str(rows["run_id"].iloc[0]))
 
 
 def _require(there: Any, why: str) -> None:

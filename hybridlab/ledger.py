@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hybridlab import published, records
@@ -16,7 +17,7 @@ from hybridlab.published import Claim
 from hybridlab.report import NONE, Grid
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS = ("reproduced", "not reproduced", "not testable here")
-PEERS = "peers"  # the kind of a run of other engines: rows of an ablation with a column `system`
+PEERS = "peers"  # the kind of a run of other engines, whose rows are those of an ablation; `arm` names the system
 ON_CPU = "a claim about times on a GPU; the number is this CPU's"
 
 
@@ -53,15 +54,17 @@ def _entry(claim: Claim, evidence: Evidence) -> Entry:
     except TypeError as error:
         raise ConfigError(f"claim {claim.id!r} does not fit the judge {claim.judge!r}", str(error),
                           "see hybridlab/judging.py for its settings") from None
+    run_id = found.run_id or evidence.run_id
     if claim.needs == "gpu" and evidence.on_cpu:
-        return Entry(claim, NOT_TESTABLE, found.here, found.against, ON_CPU, evidence.run_id)
-    return Entry(claim, REPRODUCED if found.holds else NOT_REPRODUCED, found.here, found.against, "", evidence.run_id)
+        return Entry(claim, NOT_TESTABLE, found.here, found.against, ON_CPU, run_id)
+    return Entry(claim, REPRODUCED if found.holds else NOT_REPRODUCED, found.here, found.against, "", run_id)
 
 
 def grid(entries: Sequence[Entry], caption: str) -> Grid:
     """The ledger as text."""
     rows = [[f"{entry.claim.words}", f"{entry.claim.of}, {entry.claim.source.split()[0]}", entry.verdict,
-             entry.here or NONE, entry.against or NONE, entry.why or entry.claim.test] for entry in entries]
+             entry.here or NONE, entry.against or NONE, (entry.why or entry.claim.test)
+             + (f" Run {entry.run_id}." if entry.run_id not in caption else "")] for entry in entries]
     return Grid(f"Claims · {caption}", ["claim", "of, source", "verdict", "here", "against", "how, or why not"], rows,
                 "Rules stand in data/paper/claims.toml, sources in data/paper/README.md; 95 % intervals. An effect is "
                 "reproduced where its interval excludes none and reaches the published size; milliseconds are compared "
@@ -76,22 +79,35 @@ def words(entries: Sequence[Entry]) -> str:
 
 
 def peers_of(path: Path, model: str) -> pd.DataFrame | None:
-    """The rows of the latest complete run of other engines in the same folder, which is a machine, with this model."""
+    """The rows of the latest complete run of other engines in the same folder, which is a machine, with this model, as
+    `beside` gives them."""
     for other in sorted(path.resolve().parent.iterdir(), reverse=True):
         try:
             if records.kind(other) == PEERS:
                 found = records.read(other)
                 if found.status == "complete" and found.config.model == model:
-                    return found.rows
+                    return beside(found)
         except HybridlabError:
             continue  # no run, or one of another version: it is not this one that is asked for
     return None
 
 
-def read_peers(path: Path) -> pd.DataFrame:
-    """The rows of a recorded run of other engines. Raises: RunError."""
+def read_peers(path: Path, model: str) -> pd.DataFrame:
+    """The rows of a recorded run of other engines with this model, as `beside` gives them. Raises: RunError."""
     found = records.read(path)
-    if found.kind != PEERS:
-        raise RunError(f"run {found.run_id} is of kind {found.kind}", f"the ledger compares with {PEERS}",
-                       "give a run of other engines")
-    return found.rows
+    if found.kind != PEERS or found.config.model != model:
+        raise RunError(f"run {found.run_id} is of kind {found.kind}, with {found.config.model}",
+                       f"the ledger compares with {PEERS} of {model}", "give such a run")
+    return beside(found)
+
+
+def beside(found: records.Recorded) -> pd.DataFrame:
+    """The first tokens and gaps of a run of other engines, in columns of `schemas.PAPER`, parts "ttft" and "cached", of
+    systems that went on to its end; tokens: of the prompt, and of gaps the new ones asked for."""
+    there = [name for name, notes in found.extra.get("systems", {}).items() if notes["state"] == "measured"]
+    rows = found.rows[found.rows["arm"].isin(there)]
+    first = rows["metric"] == "ttft"
+    new = rows.groupby("request")["index"].transform("max") + 1
+    return rows[["run_id", "round", "request", "arm", "index", "position", "path", "reason", "captures"]].assign(
+        part=np.where(first, "ttft", "cached"), metric=np.where(first, "ttft", "gap"), value=rows["ms"],
+        tokens=np.where(first, rows["prompt_tokens"], new))

@@ -1,8 +1,8 @@
 """What graphs cost, for the paper's ablation of asynchronous capture and beside it: captures under a stream of
-requests, during decoding, by length, in memory; and the published protocol.
+requests, during decoding, by length, in memory; the published protocol; and a second process.
 
 Each yields rows of `schemas.PAPER` without run_id, a finished round at a time; the protocols are those of `cachelab`,
-`capturing`, `memory` and `firstcalls`.
+`capturing`, `memory`, `firstcalls` and `crossing`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hybridlab import cachelab, capturing, echo, firstcalls
+from hybridlab import cachelab, capturing, crossing, firstcalls
 from hybridlab.buckets import bucket_for, ladder
 from hybridlab.config import CacheConfig
 from hybridlab.memory import memory
@@ -20,8 +20,9 @@ from hybridlab.papertimes import Arms, Row, row, state
 from hybridlab.runtime import Runtime
 
 POLICIES = ("never", "sync", "async")
-OVERLAP_ROUNDS, OVERLAP_CAPTURES = 3, 20
-IDS, ROUND_TRIPS = 500, 1000
+OVERLAP_ROUNDS, OVERLAP_CAPTURES = 6, 10
+# Of both engines of a crossing, whose requests need 49 rows.
+SPLIT: dict[str, Any] = {"arm": "hybrid", "kernels": "torch", "capture": "sync", "max_len": 64}
 
 
 def capture(arms: Arms) -> Iterator[list[Row]]:
@@ -97,10 +98,22 @@ def protocol(arms: Arms) -> Iterator[list[Row]]:
 
 
 def ipc(arms: Arms) -> Iterator[list[Row]]:
-    """Round trips of 500 token ids to a second process over a Unix socket; `echo.run` has the clock."""
-    arms.report("round trips", 0, 1)
-    yield [row("ipc", arm="unix socket", request=number, tokens=IDS, metric="round trip", value=ms)
-           for number, ms in enumerate(echo.run(IDS, ROUND_TRIPS))]
+    """What serving through a second process costs: `crossing.crossing` has the clocks and says what its steps are. The
+    worker loads the model by its name; the split is between client and engine, not within a step as in the paper."""
+    config = arms.config
+    arms.report("starting a worker", 0, 1)
+    with (Runtime(arms.model, **SPLIT) as here,
+          Runtime(config.model, device=config.device, dtype=config.dtype, process="worker", **SPLIT) as worker):
+        for runtime in (here, worker):
+            runtime.warm_up([crossing.PROMPT])  # outside of the budget
+        for done, rows in enumerate(_while(arms, crossing.crossing(here, worker, config.seed)), 1):
+            arms.report("two processes in turns", done, crossing.TURNS)
+            yield [row("ipc", arm=one["setting"], round=one["round"], tokens=crossing.PROMPT, metric=one["step"],
+                       **_in_ms(one["value"], one["unit"])) for one in rows]
+
+
+def _in_ms(value: float, unit: str) -> dict[str, Any]:
+    return {"value": value / 1e3, "unit": "ms"} if unit == "µs" else {"value": value, "unit": unit}
 
 
 def _exact(arms: Arms) -> bool:

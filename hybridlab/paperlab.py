@@ -36,7 +36,8 @@ class PaperResult(experiment.Shown):
         return ledger.judge(judging.Evidence(
             rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
             gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""),
-            peers=ledger.peers_of(self.path, self.config.model) if peers is None else ledger.read_peers(Path(peers))))
+            peers=ledger.peers_of(self.path, self.config.model) if peers is None
+            else ledger.read_peers(Path(peers), self.config.model)))
 
     def grid(self, name: str) -> Grid:
         """A table of `papertables.GRIDS`, or the ledger."""

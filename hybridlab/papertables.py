@@ -131,6 +131,18 @@ def costs(rows: pd.DataFrame, caption: str) -> Grid:
                 "kept alive, as in the public code.")
 
 
+def processes(rows: pd.DataFrame, caption: str) -> Grid:
+    """What a second process costs: a line a step, a column an arm of part "ipc"."""
+    own = rows[rows["part"] == "ipc"]
+    arms = sorted(own["arm"].drop_duplicates(), key=len)
+    lines = [[step, *(_with_unit(cell[cell["arm"] == arm]) for arm in arms)]
+             for step, cell in own.groupby("metric", sort=False)]
+    return Grid(f"Two processes · {caption}", ["step", *arms], lines,
+                "Medians over turns with 95 % intervals: the same request to an engine in this process and to one in a "
+                "worker, by the asker's clock; gap: the median of a request's; hand-over: of a token's id to the "
+                "client; round trip: of an empty message.")
+
+
 def as_cache(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of part "cost" as those of a cache run, for `tallies` and `answers`."""
     own = rows[rows["part"] == "cost"]
@@ -162,9 +174,9 @@ def published_grid(name: str) -> Grid:
 
 GRIDS: dict[str, Callable[[pd.DataFrame, str], Grid]] = {
     "paper-ttft": ttft, "paper-p99": p99, "paper-ablations": ablations, "paper-protocol": protocol,
-    "paper-costs": costs}
+    "paper-costs": costs, "paper-processes": processes}
 NEEDS = {"paper-ttft": ("ttft",), "paper-p99": tuple(PARTS), "paper-ablations": ("capture", "cached"),
-         "paper-protocol": ("protocol",), "paper-costs": ("cost", "memory")}
+         "paper-protocol": ("protocol",), "paper-costs": ("cost", "memory"), "paper-processes": ("ipc",)}
 
 
 def _change(own: pd.DataFrame, base: pd.DataFrame, statistic: str) -> Estimate | None:
@@ -185,6 +197,11 @@ def _order(arms: list[str]) -> list[str]:
 
 def _three(found: Estimate | None) -> str:
     return NONE if found is None else f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+
+
+def _with_unit(own: pd.DataFrame) -> str:
+    enough = len(own) >= stats.needed(0.5)
+    return f"{_three(stats.quantile(own['value'], 0.5))} {own['unit'].iloc[0]}" if enough else NONE
 
 
 def _percent(found: Estimate | None) -> str:

@@ -215,9 +215,8 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
         if cell.p99 is not None:
             _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
     compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
-    names = [re.sub(" (?!steps)", "<br>", cell.arm)
-             + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and cell.ratio_to_eager is not None else "")
-             for cell in cells]
+    names = [re.sub(" (?!steps)", "<br>", cell.arm) + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and
+             cell.ratio_to_eager is not None else "") for cell in cells]
     if compared:  # in the note: under names of several lines there is no room for the title of an axis
         figure.layout.annotations[0].text += "; ×: times as fast as eager, p50"
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
@@ -280,9 +279,8 @@ def _n_note(rows: pd.DataFrame, metric: str, unit: str, intervals: bool = True) 
 
 def _spread(count: int, most: int) -> list[int]:
     """At most `most` indices over range(count), evenly, with both ends."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+    return list(range(count)) if count <= most else sorted(
+        {round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
 def _top(value: float) -> float:

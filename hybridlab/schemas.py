@@ -65,7 +65,7 @@ TRACE = _schema(
 #   recomputed  tokens, each by a forward of the whole sequence.  capture     first tokens of a stream; arm: a setting.
 #   overlap     gaps while graphs are captured; arm: a way.       memory      MiB; metric: what holds them.
 #   cost        times of captures as in CACHE; arm: a pool.       protocol    "first" and "repeated" calls in a process.
-#   ipc         round trips of token ids to another process.
+#   ipc         steps of a crossing; arm: its setting. Of old runs, round trips alone, of arm "unix socket".
 # metric "clipped": tokens do not fit the context of `value` tokens. index, position: of the token. state: hit (a graph
 # of just these rows), bucket (padded to one), captured (in the request), miss, or none (an arm without graphs); of part
 # overlap, whether a capture was under way. bytes: of the graph.

@@ -130,8 +130,9 @@ def _ipc(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
     on_cpu = models.resolve_device(config.device).type == "cpu"
     with (experiment.threads(config.threads, on_cpu), _runtime(config) as here,
           _runtime(config, process="worker") as worker):
-        turns = crossing.TURNS
-        yield list(crossing.crossing(here, worker, config.seed, lambda done: report("both in turns", done, turns)))
+        for done, rows in enumerate(crossing.crossing(here, worker, config.seed), 1):
+            report("both in turns", done, crossing.TURNS)
+            yield rows
 
 
 def _runtime(config: SystemConfig, process: str = "here") -> Runtime:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from hybridlab import judging, ledger, papertables, paperviews, plots, published, records
+from hybridlab import judging, ledger, papertables, paperviews, peerlab, peerwords, plots, published, records, schemas
+from hybridlab.config import RunConfig
+from hybridlab.engines import PeersConfig
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.judging import Evidence
 from hybridlab.ledger import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
@@ -21,6 +22,11 @@ from hybridlab.papertimes import row, schedule
 MIB = 2**20
 LENGTHS = (10, 50, 100, 500)
 CLAIMS = {claim.id: claim for claim in published.claims()}
+
+
+@pytest.fixture(autouse=True)
+def _own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
 
 
 def times(part: str, arm: str, ms: Any, lengths: Iterable[int] = LENGTHS, n: int = 30, **columns: Any) -> list[Any]:
@@ -179,43 +185,115 @@ def test_milliseconds_are_compared_on_the_same_gpu_only() -> None:
                   ).verdict == NOT_REPRODUCED
 
 
+def crossing(here: float, worker: float, same: float = 100.0, trip: float = 0.3) -> list[Any]:
+    """Twenty turns of one engine here and one in a worker, as `papercosts.ipc` records them."""
+    cells = (("here", "gap", here, "ms"), ("worker", "gap", worker, "ms"), ("worker", "round trip", trip, "ms"),
+             ("worker", "hand-over", trip / 10, "ms"), ("worker / here", "same tokens", same, "%"))
+    return [row("ipc", arm=arm, round=k, metric=metric, unit=unit,
+                value=value * (1 + 0.01 * (-1) ** k * (unit == "ms")))
+            for k in range(20) for arm, metric, value, unit in cells]
+
+
 def test_a_round_trip_is_held_against_the_published_range() -> None:
-    """A median beyond the range that an outlier pulls into it."""
-    def rows(ms: float) -> list[Any]:
-        return [row("ipc", arm="unix socket", metric="round trip", value=ms) for _ in range(20)]
-    assert [judged("ipc", rows(ms)).verdict for ms in (0.1, 0.3, 0.9)] == [NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED]
+    """A median beyond the range that an outlier pulls into it; one measure under the other's name."""
+    assert [judged("ipc", crossing(2.0, 2.0, trip=ms)).verdict for ms in (0.1, 0.3, 0.9)] == [
+        NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED]
+    assert [judged("ipc-token", crossing(2.0, 2.0, trip=ms)).verdict for ms in (0.9, 3.0)] == [
+        NOT_REPRODUCED, REPRODUCED]
 
 
-def test_other_engines_are_compared_where_they_ran() -> None:
-    """A stand-in's time under TensorRT-LLM's name, or a verdict about an engine that did not run."""
-    rows = times("ttft", "hybrid", lambda n: 10.0 + n / 100)
-    peers = pd.DataFrame([{"system": system, "metric": "ttft", "prompt_tokens": n, "index": 0, "ms": ms * (1 + k / 1e3)}
-                          for system, ms in (("hf eager", 1.0), ("TensorRT-LLM", 60.0)) for n in LENGTHS
-                          for k in range(9)])
+def test_two_processes_are_judged_by_gaps_of_equal_tokens() -> None:
+    """A second process that is faster because it computes something else, or a cost that passes for a gain."""
+    assert [judged("two-processes", crossing(2.0, ms)).verdict for ms in (1.5, 2.0, 2.5)] == [
+        REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
+    assert judged("two-processes", crossing(2.0, 2.5)).here.startswith("-25.0% [")
+    assert "tokens of worker differ from those of here in 20 turns" in judged(
+        "two-processes", crossing(2.0, 1.5, same=96.0)).why
+    old = [row("ipc", arm="unix socket", metric="round trip", value=0.1) for _ in range(20)]
+    assert [judged(name, old).verdict for name in ("two-processes", "ipc", "ipc-token")] == 3 * [NOT_TESTABLE]
+
+
+def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, model: str = "tiny",
+              status: Literal["complete", "failed"] = "complete", failed: str = "") -> Path:
+    """A recorded run of kind peers: a first token and 47 gaps of each system, four prompt lengths and eleven rounds;
+    `ms` of both, ten per cent up and down and a hundredth more of a first token's for each row of the prompt."""
+    config = PeersConfig(model=model, systems=tuple(ms)[1:], arms=("hybrid",), lengths=LENGTHS, new_tokens=48,
+                         device="cpu")
+    run = records.Run.create(config, root, name)
+    cell = dict.fromkeys(schemas.ABLATION.names) | {
+        "policy": "", "path": "graph", "reason": "", "captures": 0, "compiles": 0, "profiled": False}
+    asked = [(arm, length, metric) for arm in ms for length in LENGTHS for metric in ("ttft", "itl")]
+    for number in range(11):
+        run.append([{**cell, "round": number, "request": number * len(asked) + request, "arm": arm,
+                     "prompt_tokens": length, "index": index, "position": length + index, "metric": metric,
+                     "ms": (1 + 0.1 * (-1) ** number)
+                     * (ms[arm][0] + length / 100 if metric == "ttft" else ms[arm][1])}
+                    for request, (arm, length, metric) in enumerate(asked)
+                    for index in ([0] if metric == "ttft" else range(1, 48))])
+    run.finish(status, "it was killed" if status == "failed" else "", extra={"systems": {
+        arm: {"state": "failed" if arm == failed else "measured", "why": "", "reason": "", "tokens": peerwords.EQUAL}
+        for arm in ms}})
+    return run.path
+
+
+ENGINES = {"hybrid": (10.0, 7.0), "hf-generate": (1.0, 20.0), "tensorrt-llm": (60.0, 9.0)}
+
+
+def test_other_engines_are_judged_by_the_run_that_took_turns_with_them(tmp_path: Path) -> None:
+    """Our time of one run beside theirs of another, an engine under another's name, or one that did not run to the end.
+    """
+    path = peers_run(tmp_path, "a1", ENGINES)
+    assert peerlab.PeersResult.open(path).status == "complete", "a real run, which its own class opens"
+    rows = times("ttft", "hybrid", lambda _: 0.1) + gaps("cached", "hybrid", lambda _: 0.1)
+    peers = ledger.read_peers(path, "tiny")
     entry = judged("ttft-tensorrt", rows, peers=peers)
-    assert entry.verdict == REPRODUCED
-    assert entry.here.startswith("+83."), "the length with the largest reduction, of the right engine"
-    assert "not among the engines" in judged("ttft-tensorrt", rows, peers=peers[peers["system"] == "hf eager"]).why
+    assert (entry.verdict, entry.run_id, entry.against) == (REPRODUCED, "a1", "66.0%")
+    assert entry.here.startswith(f"{1 - 10.1 / 60.1:+.1%} ["), "the length with the largest reduction"
+    tail = judged("p99-tensorrt", rows, peers=peers)
+    assert (tail.verdict, tail.here.partition(" [")[0]) == (REPRODUCED, f"{1 - 7 / 9:+.1%}")
+    assert tail.here.endswith(f"n = {11 * 4 * 47:,}"), "all gaps, and no first token"
+    evidence = Evidence(pd.DataFrame(rows).assign(run_id="r1"), "r1", False, "tiny", "", peers)
+    mean = judging.peer(evidence, part="cached", system="tensorrt-llm", statistic="mean")
+    assert mean.here.startswith("+22.2% [+22.2%, +22.2%]"), "gap by gap: what both met is no difference"
+    assert judged("short-generations", rows, peers=peers).verdict == REPRODUCED
+    assert "Run a1." in ledger.grid([entry], "run r1").rows[0][5]
+    assert "Run" not in ledger.grid([entry], "run a1").rows[0][5]
+    ended = ledger.read_peers(peers_run(tmp_path, "a2", ENGINES, failed="tensorrt-llm"), "tiny")
+    assert "tensorrt-llm is not among what was measured: hf-generate, hybrid" in judged(
+        "ttft-tensorrt", rows, peers=ended).why
     assert "no other engine was measured" in judged("ttft-tensorrt", rows).why
 
 
-def test_peers_are_the_latest_complete_run_of_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_tail_is_asked_among_other_engines_too(tmp_path: Path) -> None:
+    """"Lowest of all" among ours alone, where a run says that another engine is faster."""
+    rows = gaps("cached", "hybrid", lambda _: 7.0) + gaps("cached", "eager", lambda _: 20.0)
+    slower = ledger.read_peers(peers_run(tmp_path, "a1", ENGINES), "tiny")
+    entry = judged("lowest-tail", rows, peers=slower)
+    assert (entry.verdict, entry.here) == (REPRODUCED, "lowest at 9 of 9 lengths")
+    assert "; hf-generate: 10, 48; tensorrt-llm: 10, 48" in entry.against
+    faster = ledger.read_peers(peers_run(tmp_path, "a2", ENGINES | {"vllm": (60.0, 6.0)}), "tiny")
+    entry = judged("lowest-tail", rows, peers=faster)
+    assert (entry.verdict, entry.here) == (NOT_REPRODUCED, "lowest at 7 of 9 lengths")
+    assert "vllm: 10, 48" in entry.against
+    assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0)).verdict == NOT_TESTABLE, "among nobody"
+
+
+def test_peers_are_the_latest_complete_run_of_the_same_model(tmp_path: Path) -> None:
     """Engines timed on another model, in a run that failed, or an ablation taken for one."""
-    kinds = {"a1": ("peers", "tiny", "complete"), "a2": ("peers", "tiny", "complete"),
-             "a3": ("peers", "big", "complete"), "a4": ("peers", "tiny", "failed"),
-             "a5": ("ablation", "tiny", "complete")}
-    for name in kinds:
-        (tmp_path / name).mkdir()
-    (tmp_path / "a6").mkdir()  # no run
-    real = records.kind
-    monkeypatch.setattr(records, "kind", lambda path: kinds[path.name][0] if path.name in kinds else real(path))
-    monkeypatch.setattr(records, "read", lambda path: SimpleNamespace(
-        config=SimpleNamespace(model=kinds[path.name][1]), status=kinds[path.name][2], rows=path.name, run_id=path.name,
-        kind=kinds[path.name][0]))
-    assert ledger.peers_of(tmp_path / "a5", "tiny") == "a2"
-    assert ledger.peers_of(tmp_path / "a5", "other") is None
-    with pytest.raises(RunError, match="of kind ablation"):
-        ledger.read_peers(tmp_path / "a5")
+    folder = peers_run(tmp_path, "a1", ENGINES).parent
+    peers_run(tmp_path, "a2", ENGINES)
+    peers_run(tmp_path, "a3", ENGINES, model="random:tiny-llama-3")
+    peers_run(tmp_path, "a4", ENGINES, status="failed")
+    ablation = records.Run.create(RunConfig(device="cpu"), tmp_path, "a5")
+    ablation.finish("complete")
+    (folder / "a6").mkdir()  # no run
+    found = ledger.peers_of(ablation.path, "tiny")
+    assert found is not None
+    assert set(found["run_id"]) == {"a2"}
+    assert ledger.peers_of(ablation.path, "other") is None
+    for name, message in (("a5", "of kind ablation"), ("a3", "with random:tiny-llama-3")):
+        with pytest.raises(RunError, match=message):
+            ledger.read_peers(folder / name, "tiny")
 
 
 def test_a_claim_that_fits_no_judge_is_refused() -> None:

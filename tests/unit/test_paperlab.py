@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import pytest
 
-from hybridlab import echo, experiment, firstcalls, models, paperlab, papertables, papertimes, records
+from hybridlab import crossing, experiment, firstcalls, models, paperlab, papertables, papertimes, records
 from hybridlab.errors import ConfigError, MeasureError, ModelError, PromptError, RunError
 from hybridlab.paperconfig import PAPER_PARTS, PaperConfig
 
@@ -91,7 +92,7 @@ def test_a_run_is_read_back_into_the_same_tables(result: paperlab.PaperResult) -
     assert [grid.markdown() for grid in again.grids()] == [grid.markdown() for grid in result.grids()]
     assert len(list(again.grids())) == 5  # two tables, the ablation that gaps allow, costs, and the ledger
     entries = {entry.claim.id: entry for entry in again.ledger()}
-    assert entries["decode-buffer"].verdict == "not reproduced"
+    assert "6 positions, and 50 are needed" in entries["decode-buffer"].why
     assert entries["kv-update"].run_id == result.run_id
     assert "no GPU" not in again.caption
     with pytest.raises(RunError, match=r"hl\.paperlab\.PaperResult"):
@@ -163,11 +164,35 @@ def test_first_calls_are_made_in_a_fresh_process_without_warm_up(monkeypatch: py
         firstcalls.run("eager")
 
 
-def test_round_trips_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer of an earlier question taken for this one's, and a process that is gone waited for."""
-    times = echo.run(500, 30)
-    assert len(times) == 30
-    assert all(ms > 0 for ms in times)
-    monkeypatch.setattr(echo.sys, "executable", "/bin/false")
-    with pytest.raises(MeasureError, match="did not answer"):
-        echo.run(3, 1)
+def test_two_processes_are_compared_turn_by_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A claim about two processes that is judged from one, or whose milliseconds were microseconds."""
+    seen: list[tuple[Any, Any]] = []
+    real = crossing.crossing
+
+    def few(here: Any, worker: Any, seed: int) -> Any:
+        seen.append((here, worker))
+        return real(here, worker, seed, turns=6)
+
+    monkeypatch.setattr(crossing, "crossing", few)
+    found = paperlab.run(CONFIG | {"parts": ["ipc"]}, root=tmp_path, progress=False)
+    ((here, worker),) = seen
+    assert (here.config.process, worker.config.process) == ("here", "worker")
+    assert msgspec.structs.replace(worker.config, process="here", device="auto") == here.config
+    counts = found.rows.groupby(["metric", "arm", "unit"]).size()
+    assert set(counts) == {6}
+    assert set(counts.index) == {("round trip", "worker", "ms"), ("hand-over", "worker", "ms"),
+                                 ("same tokens", "worker / here", "%"), *(
+        (step, arm, "×" if "/" in arm else "ms") for step in ("first token", "gap")
+        for arm in ("here", "worker", "worker / here"))}
+    medians = found.rows.groupby("metric")["value"].median()
+    assert medians["hand-over"] < medians["gap"], "milliseconds, both"
+    assert medians["same tokens"] == 100
+    entries = {entry.claim.id: entry for entry in found.ledger()}
+    assert entries["two-processes"].here.endswith("n = 6")
+    assert entries["ipc"].here.endswith("n = 6")
+    assert entries["ipc-token"].here.startswith(f"{medians['hand-over']:.3g} ms")
+    (grid,) = [grid for grid in found.grids() if grid.title.startswith("Two processes")]
+    assert grid.header == ["step", "here", "worker", "worker / here"]
+    assert [row[0] for row in grid.rows] == ["round trip", "hand-over", "same tokens", "first token", "gap"]
+    assert grid.rows[0][1] == "–"
+    assert grid.rows[4][2].endswith(" ms")

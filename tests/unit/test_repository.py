@@ -27,7 +27,7 @@ LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress",
      "collector", "pools"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events", "children", "handover", "echo"),
+     "tuning", "events", "children", "handover"),
     ("engines", "paperconfig", "published"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "growth", "limits",
      "kineto", "nsys", "gaps"),

@@ -77,9 +77,9 @@ def test_the_cost_of_a_second_process_is_a_part(tmp_path, monkeypatch):
     """A ratio in words that is not the median of its rows; a part whose two runtimes are the same one."""
     made = []
     monkeypatch.setattr(systemlab, "_runtime", lambda config, process="here": nullcontext(made.append(process)))
-    monkeypatch.setattr(systemlab.crossing, "crossing", lambda here, worker, seed, done: [
-        {"round": turn, "setting": setting, "step": "gap", "value": value + turn, "unit": unit}
-        for turn in range(9) for setting, value, unit in (("here", 10.0, "ms"), ("worker / here", 1.25, "×"))])
+    monkeypatch.setattr(systemlab.crossing, "crossing", lambda here, worker, seed: [
+        [{"round": turn, "setting": setting, "step": "gap", "value": value + turn, "unit": unit}
+         for setting, value, unit in (("here", 10.0, "ms"), ("worker / here", 1.25, "×"))] for turn in range(9)])
     result = systemlab.run({"parts": ["ipc"]}, root=tmp_path, progress=False)
     assert made == ["here", "worker"]
     assert result.reading() == "By the asker's clock a gap takes 5.25 times as long through a worker as here."

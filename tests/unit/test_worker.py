@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hybridlab.errors import (
     CaptureClosed,
     ConfigError,
     EngineBusy,
+    MeasureError,
     ModelError,
     NonFinite,
     PromptError,
@@ -212,9 +214,10 @@ def test_an_ablation_through_workers_has_a_client_clock(both):
 
 def test_the_cost_of_a_second_process_is_measured_in_turns(both):
     """A ratio over two processes that had different minutes of the machine."""
-    rows = list(crossing.crossing(*both, seed=1, turns=3))
+    rows = [row for turn in crossing.crossing(*both, seed=1, turns=3) for row in turn]
     by_step = {(row["setting"], row["step"], row["unit"]) for row in rows}
     assert by_step == {("worker", "round trip", "µs"), ("worker", "hand-over", "µs"),
+                       ("worker / here", "same tokens", "%"),
                        *((setting, step, "×" if "/" in setting else "ms") for step in ("first token", "gap")
                          for setting in ("here", "worker", "worker / here"))}
     assert len(rows) == 3 * len(by_step)
@@ -223,6 +226,21 @@ def test_the_cost_of_a_second_process_is_measured_in_turns(both):
         for step in ("first token", "gap"):
             found = {row["setting"]: row["value"] for row in rows if (row["round"], row["step"]) == (turn, step)}
             assert found["worker / here"] == pytest.approx(found["worker"] / found["here"])
+
+
+def test_a_worker_with_other_tokens_is_not_compared(both, monkeypatch):
+    """The fastest second process is one that computes something else."""
+    real = both[0].generate
+
+    def wrong(*asked, **settings):
+        out = real(*asked, **settings)
+        return replace(out, ids=[*out.ids[:-1], out.ids[-1] + 1])
+
+    monkeypatch.setattr(both[0], "generate", wrong)
+    with pytest.raises(MeasureError, match="differ from those here · 1 of 33"):
+        next(crossing.crossing(*both, seed=1))
+    ids = {"here": [1] * crossing.NEW, "worker": [1] * (crossing.NEW - 1) + [2]}
+    assert crossing._same(ids, torch.float16) == pytest.approx(100 * 32 / 33), "a near-tie, which is told"
 
 
 def test_a_worker_that_is_killed_is_an_error_that_stays(there):
