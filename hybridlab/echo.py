@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybridlab import children
 from hybridlab.errors import MeasureError
 
 WARM_UP = 20
@@ -39,20 +39,15 @@ def run(tokens: int, repeats: int) -> list[float]:
 def _other() -> Iterator[socket.socket]:
     here, there = socket.socketpair(socket.AF_UNIX)
     here.settimeout(TIMEOUT_S)
-    child = subprocess.Popen([sys.executable, "-m", "hybridlab.echo", str(there.fileno())], pass_fds=[there.fileno()],
-                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    there.close()
+    with there:
+        child = children.Child(children.module("hybridlab.echo", there.fileno()), [there.fileno()])
     try:
         yield here
     except OSError as error:
         raise MeasureError("the other process did not answer", str(error), "repeat the run") from None
     finally:
         here.close()  # it ends when nobody is there to ask it
-        try:
-            child.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        child.end(TIMEOUT_S)
 
 
 def _send(link: socket.socket, ids: list[int]) -> None:

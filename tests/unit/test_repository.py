@@ -26,8 +26,8 @@ PACKAGE = ROOT / "hybridlab"
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
-     "tuning", "events", "children", "handover", "echo"),
-    ("engines", "paperconfig", "published"),
+     "tuning", "events", "children", "handover"),
+    ("engines", "paperconfig", "published", "echo", "started"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "limits", "kineto",
      "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),
