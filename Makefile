@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 SIDE_BY_SIDE := $(if $(shell command -v nvidia-smi 2>/dev/null),,-n 2 --dist loadfile)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint setup compiler chromium clean
+.PHONY: help reproduce test lab lint audit fuzz setup compiler chromium clean
 
 help: ## this list
 	@echo "hybridlab: make TARGET"
@@ -29,11 +29,24 @@ test: compiler $(READY) lint chromium ## check style and types, then run every t
 
 lab: compiler $(READY) ## open the notebooks in JupyterLab, reachable from this machine only
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.app_settings_dir="$(CURDIR)/notebooks" \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_FLAGS)
 
 lint: $(READY) ## ruff and mypy
 	@echo "==> ruff" && $(BIN)/ruff check
 	@echo "==> mypy" && $(BIN)/mypy
+
+audit: $(READY) ## compare the pinned dependencies with published advisories (needs the network)
+	@echo "==> pip check" && $(BIN)/python -m pip --disable-pip-version-check check
+	@$(PIP) pip-audit
+	@echo "==> pip-audit" && $(BIN)/pip-audit --strict --local --skip-editable
+
+FUZZ_S ?= 60
+fuzz: compiler $(READY) ## attack the readers of files with random ones, FUZZ_S=60 seconds each
+	@$(PIP) atheris
+	@echo "==> hypothesis" && FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
+	@for name in weights index config kineto nsys; do \
+		echo "==> $$name" && $(BIN)/python -m tests.fuzz.harness $$name -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
 
 setup: $(READY) ## only make .venv
 

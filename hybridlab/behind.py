@@ -127,7 +127,10 @@ class OnThread(AfterRequest):
             self._thread.join(PATIENCE_S)
             self._thread = None
         while self._under_way:
-            made = self._made.get(timeout=PATIENCE_S)
+            try:
+                made = self._made.get(timeout=PATIENCE_S)
+            except queue.Empty:  # the thread hangs, and is a daemon: what it holds goes with the process
+                return
             self._under_way -= 1
             if made.graph is not None:
                 made.graph.reset()

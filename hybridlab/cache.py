@@ -6,6 +6,8 @@ takes the graph in.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -15,11 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridlab import graphs, kernels
+from hybridlab import graphs, kernels, pools
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
+from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress, WrongThread
 from hybridlab.graphs import CutOpen, Graph
 from hybridlab.ranges import span
+
+log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -67,6 +71,8 @@ class GraphCache:
         self.closed = False
         self.on_adopt: Callable[[Hashable, float], None] = lambda key, ms: None
         self.on_evict: Callable[[Hashable], None] = lambda key: None
+        self.poisoned = ""  # why this process should end, once captures that failed keep memory for good
+        self._owner = threading.current_thread()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._leases: Counter[Hashable] = Counter()
         self._pool = graphs.new_pool(device) if self.shared else None
@@ -82,10 +88,15 @@ class GraphCache:
         """Keys, the least recently used first."""
         return iter(tuple(self._held))
 
+    def own(self) -> None:
+        """From now on the cache is the calling thread's: for whoever sees to it that no two use it at once."""
+        self._owner = threading.current_thread()
+
     @contextmanager
     def lease(self, key: Hashable) -> Iterator[Callable[[], None]]:
         """The replay of `key`, which stays in the cache while any lease of it is held. Raises KeyError if it is not
-        there; the replay raises `StaleAddress` if a buffer has moved since capture."""
+        there, and `WrongThread`; the replay raises `StaleAddress` if a buffer has moved since capture."""
+        self._require_owner(key)
         held = self._held[key]
         self._held.move_to_end(key)
         self._leases[key] += 1
@@ -107,8 +118,9 @@ class GraphCache:
         """Capture a job and take its graph in. `rehearse` runs it before, so that nothing is compiled or loaded during
         capture, and puts its state back: only what has run already can do without.
 
-        Raises `CaptureFailed` with the cause, or `CaptureClosed`; in both cases the cache is as it was.
+        Raises `CaptureFailed` with the cause, `CaptureClosed` or `WrongThread`; in each case the cache is as it was.
         """
+        self._require_owner(job.key)
         self._require_open(job.key)
         start = time.perf_counter()
         try:
@@ -136,7 +148,8 @@ class GraphCache:
         return graph, (time.perf_counter() - start) * 1e3
 
     def adopt(self, job: Job, graph: Graph, ms: float) -> None:
-        """Take in a graph that was made of `job` in `ms` milliseconds, and make room for it."""
+        """Take in a graph that was made of `job` in `ms` milliseconds, and make room for it. Raises `WrongThread`."""
+        self._require_owner(job.key)
         self._pool_bytes += graph.pool_bytes if self.shared else 0
         if job.key in self._held:  # captured in two ways at once
             graph.reset()
@@ -159,6 +172,16 @@ class GraphCache:
         """Drop every graph, and the pool."""
         for key in list(self._held):
             self._drop(key)
+        if lost := pools.lost_bytes():
+            self.poisoned = (f"captures that failed keep {lost:,} bytes of the GPU until this process ends: PyTorch "
+                             f"{torch.__version__} loses the memory of an aborted capture")
+            log.warning("%s · start a new process", self.poisoned)
+
+    def _require_owner(self, key: Hashable) -> None:
+        caller = threading.current_thread()
+        if caller is not self._owner:
+            raise WrongThread(f"graph {key} was asked for by thread {caller.name}",
+                              f"thread {self._owner.name} owns this cache", "let one thread serve a request to its end")
 
     def _require_open(self, key: Hashable) -> None:
         if self.closed:

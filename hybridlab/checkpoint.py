@@ -77,10 +77,17 @@ def check_links(directory: Path) -> None:
     """Refuse a link that leaves the checkpoint. In the Hub's cache the checkpoint is the repository's folder."""
     cached = directory.parent.name == "snapshots" and directory.parents[1].name.startswith("models--")
     root = (directory.parents[1] if cached else directory).resolve()
-    outside = [p.name for p in sorted(directory.iterdir()) if p.is_symlink() and not p.resolve().is_relative_to(root)]
+    outside = [p.name for p in sorted(directory.iterdir()) if p.is_symlink() and not _leads_into(root, p)]
     if outside:
         raise ModelError(f"{', '.join(outside)}: a link out of the checkpoint", f"in {directory}",
                          "only files inside the model directory are read; copy them there")
+
+
+def _leads_into(root: Path, link: Path) -> bool:
+    try:
+        return link.resolve(strict=True).is_relative_to(root)
+    except (OSError, RuntimeError):  # it leads nowhere, or round in a circle
+        return False
 
 
 def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlab import cachebench, kernelbench, listing, peerbench, profiling, sweeping, systembench, terminal
+from hybridlab import cachebench, kernelbench, listing, peerbench, profiling, soaking, sweeping, systembench, terminal
 from hybridlab.config import ARMS, POLICIES, RuntimeConfig, Sampling, build
 from hybridlab.errors import ConfigError, choose
 from hybridlab.plan import KINDS
@@ -191,7 +191,7 @@ def tune(
 
 
 for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", profiling), ("system", systembench),
-                       ("peers", peerbench), ("sweep", sweeping), ("runs", listing)):
+                       ("peers", peerbench), ("sweep", sweeping), ("runs", listing), ("soak", soaking)):
     app.command(_name, epilog=_module.EXAMPLES)(_module.command)
 
 

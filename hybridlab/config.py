@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from hybridlab.errors import ConfigError, choose, nearest
+from hybridlab.errors import ConfigError, choose, nearest, shown
 
 Arm = Literal["eager", "graph", "jit", "hybrid"]
 Kernels = Literal["auto", "torch", "fused"]
@@ -218,6 +218,21 @@ class SystemConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: Positive = 1
 
 
+class SoakConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One soak: requests that force evictions all along, with canaries, over a worker that is stopped and killed."""
+
+    model: str = "tiny"
+    arm: Literal["graph", "hybrid"] = "hybrid"
+    policy: str | Policy = "whole"
+    process: Process = "worker"                         # "here": nothing is stopped or killed
+    device: str = "auto"
+    dtype: str | None = None
+    minutes: Annotated[float, Meta(gt=0, le=10080)] = 10.0
+    trace: str = "uniform"                              # as in CacheConfig
+    cache_graphs: Annotated[int, Meta(ge=2, le=64)] = 5  # that the cache holds; four times as many are asked for
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
 Variant = Literal["torch", "kernel", "kernel, pdl"]  # stock PyTorch, our kernels, these begun early
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
@@ -265,18 +280,18 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"buckets is {values['buckets']!r}", "that is neither a list nor 'exact'",
                           "give ascending prompt lengths, 'exact' for each length by itself, or nothing for a ladder")
     arms = values.get("arms", ()) if "arms" in fields else ()
-    for arm in [arms] if isinstance(arms, str) else arms:
+    for arm in arms if isinstance(arms, list | tuple) else [arms] if isinstance(arms, str) else ():
         choose("arm", arm, ARMS)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}", f"in {kind.__name__}", "give a finite number")
     try:
         return msgspec.convert(dict(values), kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # of half a surrogate pair
         what, _, where = str(error).partition(" - at `$.")
         name = where.partition("[")[0].strip("`.")
-        shown = repr(values.get(name, dict(values)))[:80]
-        raise ConfigError(f"{name or kind.__name__} is {shown}", what[:1].lower() + what[1:],
+        given = shown(values.get(name, dict(values)))
+        raise ConfigError(f"{name or kind.__name__} is {given}", what[:1].lower() + what[1:],
                           f"see {kind.__name__} for types and ranges") from None
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import kernels, models
+from hybridlab import kernels, models, verify
 from hybridlab.buckets import ladder
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.counters import Counters
@@ -80,7 +80,7 @@ class Engine:
     def serve(self, asked: Request | Serve) -> Generator[tuple[Step, float], None, None]:
         """The steps of one request with their milliseconds, timed from when each is asked for."""
         with self._owned():
-            flying, over = deque[Launched](), False
+            flying, over, ids = deque[Launched](), False, list[int]()
             try:
                 self.executor.check()
                 start = time.perf_counter_ns()
@@ -97,9 +97,11 @@ class Engine:
                     step = Step(self.executor.read(launched), launched.path, launched.reason)
                     ms = (time.perf_counter_ns() - start) / 1e6
                     if over := step.id < 0:
+                        where = verify.culprit(self.model, list(asked.ids) + ids)
                         raise NonFinite(f"the logits of new token {index} hold NaN or infinity",
-                                        f"arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
+                                        f"{where}, arm {self.config.arm}, path {step.path}, dtype {self.model.dtype}",
                                         "check the weights, or use a wider dtype")
+                    ids.append(step.id)
                     over = step.id in asked.stop
                     yield step, ms
                     if over:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 4000  # characters of one part of a message: a name or value from outside may have millions
+
 
 class HybridlabError(Exception):
     """Base of everything hybridlab raises on purpose.
@@ -13,8 +15,8 @@ class HybridlabError(Exception):
     """
 
     def __init__(self, fact: str, context: str = "", remedy: str = "") -> None:
-        self.fact, self.context, self.remedy = fact, context, remedy
-        super().__init__(" · ".join(part for part in (fact, context, remedy) if part))
+        self.fact, self.context, self.remedy = map(_bounded, (fact, context, remedy))
+        super().__init__(" · ".join(part for part in (self.fact, self.context, self.remedy) if part))
 
 
 class ConfigError(HybridlabError, ValueError):
@@ -43,6 +45,10 @@ class CaptureFailed(HybridlabError, RuntimeError):
 
 class CaptureClosed(HybridlabError, RuntimeError):
     """A capture was asked for while captures are closed, as they are inside a timed region."""
+
+
+class WrongThread(HybridlabError, RuntimeError):
+    """A graph cache was used from a thread that does not own it."""
 
 
 class StaleAddress(HybridlabError, RuntimeError):
@@ -109,10 +115,25 @@ class NotebookFailed(HybridlabError):
     """A notebook started and did not finish: a cell failed, timed out, or its kernel died."""
 
 
+def shown(value: object) -> str:
+    """`value` for a message: its repr, at most 80 characters of it, whatever the value is."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer of more than 4300 digits, or a class of somebody's own
+        text = f"{type(value).__name__} that cannot be shown: {error}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _bounded(part: str) -> str:
+    if len(part) <= LONGEST:
+        return part
+    return f"{part[:LONGEST // 2]} … {len(part) - LONGEST:,} characters more … {part[-LONGEST // 2:]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The remedy for a wrong name: the nearest known one, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:LONGEST], known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
@@ -120,6 +141,6 @@ def choose(field: str, value: object, known: Iterable[str]) -> str:
     """`value` if it is one of `known`, else a `ConfigError` that names the nearest."""
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{field} {value!r} is unknown", f"it must be one of {', '.join(known)}",
+        raise ConfigError(f"{field} {shown(value)} is unknown", f"it must be one of {', '.join(known)}",
                           nearest(str(value), known) if isinstance(value, str) else "")
     return value

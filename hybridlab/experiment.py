@@ -36,7 +36,7 @@ class Shown:
         found = records.read(path)
         if found.kind != cls.kind:
             known = {"ablation": "Result", "cache": "cachelab.CacheResult", "kernels": "kernellab.KernelResult",
-                     "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult",
+                     "trace": "tracelab.TraceResult", "system": "systemlab.SystemResult", "soak": "soak.SoakResult",
                      "peers": "peerlab.PeersResult", "paper": "paperlab.PaperResult"}
             raise RunError(f"run {found.run_id} is of kind {found.kind}", f"{cls.__name__} shows {cls.kind}",
                            f"open it with hl.{known[found.kind]}")

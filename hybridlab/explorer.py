@@ -64,7 +64,11 @@ class Explorer:
         self._lock = threading.RLock()
         self._painter: threading.Thread | None = None
         self._arms, self._theme = list(given["arms"]), theme
-        self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, self._arms, theme=theme))
+        # Traces of all arms from the start: a page that is still loading loses what is added or removed meanwhile.
+        self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, ARMS, theme=theme))
+        for trace in self.figure.data:
+            if trace.mode == "lines+markers":
+                trace.on_click(self._point_chosen)
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.stream.observe(self._token_chosen, "chosen")
@@ -154,7 +158,7 @@ class Explorer:
             if session is None:
                 return
             rows, floors = session.frame(), session.floor_table()
-            look = (rows, self.caption, self._arms, floors, float(self.percentile.value), self._theme)
+            look = (rows, self.caption, ARMS, floors, float(self.percentile.value), self._theme)
             liveviews.refresh(self.figure, *look)
             self.table.value = liveviews.table(rows, self._arms, floors, float(self.percentile.value),
                                                ratios=session.over.is_set())
@@ -174,14 +178,9 @@ class Explorer:
             [session.text(row) or f"#{row.id} ", row.path] for row in rows]} for arm, rows in latest.items() if rows]
 
     def _fresh(self, arms: list[str]) -> None:
-        """An empty page; the figure gets the traces of these arms."""
+        """An empty page for these arms."""
         self._arms = list(arms)
-        with self.figure.batch_update():
-            self.figure.data = ()
-            self.figure.add_traces(liveviews.figure(Session.nothing(), "", self._arms, theme=self._theme).data)
-        for trace in self.figure.data:
-            if trace.mode == "lines+markers":
-                trace.on_click(self._point_chosen)
+        liveviews.refresh(self.figure, Session.nothing(), "", ARMS, None, float(self.percentile.value), self._theme)
         self.stream.lanes, self.table.value, self.detail.value, self.bar.bar_style = [], "", "", ""
 
     def _point_chosen(self, trace: Any, points: Any, state: Any) -> None:

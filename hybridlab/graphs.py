@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlab import loop, tape
+from hybridlab import collector, loop, pools, tape
+from hybridlab.errors import CaptureFailed
+from hybridlab.pools import Pool
 from hybridlab.ranges import span
 from hybridlab.tape import Tape
 
@@ -39,24 +40,7 @@ CutOpen = Callable[[], AbstractContextManager[Callable[[Any], bool]]]  # see hyb
 
 def new_pool(device: torch.device) -> Any:
     """Memory for the intermediates of graphs that never run at the same time."""
-    return _Pool() if device.type == "cuda" else tape.Pool()
-
-
-class _Pool:
-    """A pool of the CUDA allocator, by its current handle: a capture that breaks off spoils the handle for captures
-    to come, so that these get a new one. Graphs that were made before keep their memory."""
-
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
-
-    def renew(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
-
-    def nbytes(self) -> int:
-        """Device memory of the pool: that of the whole allocator also grows by what other threads do."""
-        for number in self.handle:  # PyTorch's function gives back two references that it never took
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.handle))
+    return Pool() if device.type == "cuda" else tape.Pool()
 
 
 def record(function: Callable[[], None], device: torch.device, *, pool: Any = None, cut: CutOpen | None = None,
@@ -68,16 +52,29 @@ def record(function: Callable[[], None], device: torch.device, *, pool: Any = No
     in `private`, so that these keep their values. With a `state` one replay runs the graph until that says stop: see
     `hybridlab.loop`.
     """
-    if device.type == "cuda":
-        with _ONE_AT_A_TIME, torch.cuda.device(device):
-            return CudaGraph(function, pool or new_pool(device), cut, mode, state)
-    with cut() if cut else nullcontext() as leave_outside:
-        made = Tape(function, leave_outside, pool, private)
-    return made if state is None else loop.OnHost(made, state)
+    with collector.off():  # it might free a kernel's module or another graph, which CUDA forbids during a capture
+        if device.type == "cuda":
+            with _turn(), torch.cuda.device(device):
+                return CudaGraph(function, pool or new_pool(device), cut, mode, state)
+        with cut() if cut else nullcontext() as leave_outside:
+            made = Tape(function, leave_outside, pool, private)
+        return made if state is None else loop.OnHost(made, state)
 
 
+PATIENCE_S = 120.0  # for somebody else's capture; the largest model takes well under a second for one
 _ONE_AT_A_TIME = threading.RLock()  # PyTorch allows one capture a process
 _OWN = threading.local()
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    if not _ONE_AT_A_TIME.acquire(timeout=PATIENCE_S):
+        raise CaptureFailed("another capture of this process does not end", f"waited {PATIENCE_S:g} s for it",
+                            "start a new process")
+    try:
+        yield
+    finally:
+        _ONE_AT_A_TIME.release()
 
 
 def capture_stream() -> torch.cuda.Stream:
@@ -100,7 +97,7 @@ class _Pieces(TorchDispatchMode):
     values; and the call is kept, to be made again between the pieces at every replay.
     """
 
-    def __init__(self, pool: _Pool, leave_outside: Callable[[Any], bool], mode: str, keep: bool) -> None:
+    def __init__(self, pool: Pool, leave_outside: Callable[[Any], bool], mode: str, keep: bool) -> None:
         super().__init__()
         self.keep = keep                 # the graph itself, to make others of it
         self.pool, self.leave_outside, self.mode = pool, leave_outside, mode
@@ -136,7 +133,7 @@ class _Pieces(TorchDispatchMode):
                 graph.reset()
         if broken:
             _BROKEN.extend(broken)
-            _clean_up(self.pool)
+            pools.clean_up(self.pool)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,21 +178,6 @@ def _ended_well(graph: torch.cuda.CUDAGraph) -> bool:
     return True
 
 
-def _clean_up(pool: _Pool) -> None:
-    """What `capture_end` leaves undone when it fails: PyTorch's allocator would stay in the pool and keep its memory,
-    and its random generator would refuse to draw until some other capture has ended well."""
-    device = torch.cuda.current_device()
-    with suppress(RuntimeError):  # the capture failed before or after the allocator was in the pool
-        torch._C._cuda_endAllocateToPool(device, pool.handle)
-    torch._C._cuda_releasePool(device, pool.handle)
-    pool.renew()
-    one, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-    one.add_(1)
-    graph.capture_end()
-    graph.reset()
-
-
 class CudaGraph:
     """`function` as CUDA graphs, their intermediates in `pool`: one, or with a `cut` one for each piece.
 
@@ -204,7 +186,7 @@ class CudaGraph:
 
     _loop: loop.OnDevice | None = None
 
-    def __init__(self, function: Callable[[], None], pool: _Pool, cut: CutOpen | None = None,
+    def __init__(self, function: Callable[[], None], pool: Pool, cut: CutOpen | None = None,
                  mode: str = "thread_local", state: Tensor | None = None) -> None:
         stream, here = capture_stream(), torch.cuda.current_stream()
         driver, pooled = _driver_bytes(), pool.nbytes()
@@ -232,6 +214,8 @@ class CudaGraph:
         self.pool_bytes = pool.nbytes() - pooled
         self.nbytes = max(0, _driver_bytes() - driver)
         self._replayed = torch.cuda.Event()
+        self._home: Any = pool.handle
+        pools.LIVE[self._home] += 1
 
     def _repeat(self, state: Tensor) -> None:
         start = time.perf_counter()
@@ -257,6 +241,9 @@ class CudaGraph:
         for graph in self._pieces.captured:
             graph.reset()
         self._pieces.parts, self._pieces.alive = [], []
+        if self._home is not None:
+            pools.LIVE[self._home] -= 1
+            self._home = None
 
 
 def _driver_bytes() -> int:

@@ -70,6 +70,8 @@ def themed(figure: go.Figure, theme: str) -> go.Figure:
     for trace in plain["data"]:
         if trace["type"] == "bar" and "textfont" in trace:
             trace["textfont"]["color"] = readable(trace["marker"]["color"])
+    if "legend" in plain["layout"]:
+        plain["layout"]["legend"]["font"] = {"color": plain["layout"]["font"]["color"]}
     for menu in plain["layout"].get("updatemenus", ()):
         menu["bgcolor"], menu["font"]["color"] = "#D0D0D0", "#222222"  # a pressed button is light in any case
     return go.Figure(plain)

@@ -86,7 +86,10 @@ class LoweredExecutor:
         return self.programs[key]
 
     def check(self) -> None:
-        """Raise `StaleAddress` if a weight was replaced: graphs and lowered modules hold the old one."""
+        """Make the graphs the calling thread's, whose request this is. Raises `StaleAddress` if a weight was replaced:
+        graphs and lowered modules hold the old one."""
+        if self.lookup is not None:
+            self.lookup.cache.own()
         if _addresses(self.model) != self.weights:
             raise StaleAddress("a weight of the model was replaced since this runtime was built",
                                "its graphs and lowered modules still read the old one",
@@ -258,6 +261,7 @@ class LoweredExecutor:
 
     def settle(self) -> None:
         if self.lookup is not None:
+            self.lookup.cache.own()
             self.lookup.behind.settle()
 
     def seal(self, closed: bool) -> None:

@@ -25,14 +25,22 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _inside(path: Path, file: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a name that no file system has
+        return False
+
+
 def verify(path: Path, manifest: dict[str, Any]) -> None:
     """Raise `RunError` for the first file of a run that its manifest lists and that is missing or was changed."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest):
+    if (not isinstance(files, dict) or not {"run_id", "status", "reason", "rows"} <= set(manifest)
+            or not isinstance(manifest.get("extra", {}), dict)):
         raise RunError(f"{path / MANIFEST} is no manifest", "fields are missing", "restore this file of the run")
     for name, digest in files.items():
         file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
+        if not _inside(path, file):
             raise RunError(f"{path / MANIFEST} names {name!r}", "it lies outside the run", "do not trust this run")
         if not file.is_file():
             raise RunError(f"{file} is missing", f"{MANIFEST} lists it", "restore the files of this run")

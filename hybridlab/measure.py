@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hybridlab import paths, ranges, tails
+from hybridlab import collector, paths, ranges, tails
 from hybridlab.cells import cells
 from hybridlab.config import RunConfig, policy_name
 from hybridlab.errors import MeasureError, PromptError
@@ -214,13 +214,8 @@ def answered(out: Output, prompt_tokens: int, protocol: Protocol, ended: Sequenc
 def quiet_collector() -> Iterator[None]:
     """Collects now and not during the block; leaves the collector as it was."""
     gc.collect()
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
+    with collector.off():
         yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextlib.contextmanager

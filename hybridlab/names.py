@@ -10,7 +10,7 @@ from typing import Any
 from hybridlab import checkpoint
 from hybridlab.architectures import ARCHITECTURES
 from hybridlab.config import CacheConfig, RunConfig, TraceConfig
-from hybridlab.errors import ModelError, PromptError, nearest
+from hybridlab.errors import ModelError, PromptError, nearest, shown
 from hybridlab.paperconfig import PaperConfig
 from hybridlab.paths import data_dir
 
@@ -35,7 +35,7 @@ def directory(name: str) -> Path | None:
             raise ModelError("the embedded model is missing", f"no config.json in {folder}",
                              "install hybridlab again, or make it: python data/models/train_tiny.py")
         return folder
-    folder = Path(name).expanduser()
+    folder = _expanded(name)
     if name and folder.is_dir():
         return folder.absolute()
     if folder.is_file():
@@ -46,6 +46,15 @@ def directory(name: str) -> Path | None:
     if "/" in name or os.sep in name:
         raise ModelError(f"model directory {name!r} does not exist", f"looked in {Path.cwd()}", "check the path")
     raise ModelError(f"model {name!r} is unknown", "it is no directory, no Hub id (owner/name)", nearest(name, KNOWN))
+
+
+def _expanded(name: str) -> Path:
+    try:
+        folder = Path(name).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long for the file system, or ~ of a user who is not there
+        raise ModelError(f"model {shown(name)} is no path", str(error)[:200], "check the path") from None
+    return folder
 
 
 def context(name: str) -> int | None:

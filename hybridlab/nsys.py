@@ -42,7 +42,7 @@ def read(path: str | Path) -> pd.DataFrame:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             return _Export(connection, path.name).events()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite quotes the bytes that it cannot read
         raise TraceError(f"{path.name} is no readable SQLite file", str(error),
                          "export the report again with nsys export --type=sqlite") from None
 
@@ -58,7 +58,7 @@ class _Export:
         if not any(table.startswith("CUPTI_ACTIVITY_KIND_") or table == "NVTX_EVENTS" for table in self.tables):
             raise TraceError(f"{name} holds no table of Nsight Systems", f"{len(self.tables)} tables",
                              "export a report with nsys export --type=sqlite")
-        self.strings = {row["id"]: row["value"] for row in self.rows("StringIds", "id", "value")}
+        self.strings = {row["id"]: _string(row["value"]) for row in self.rows("StringIds", "id", "value")}
 
     def events(self) -> pd.DataFrame:
         found_ranges, found_calls = list(self.ranges()), list(self.calls())
@@ -132,7 +132,7 @@ class _Export:
 
     def _text(self, row: Mapping[str, Any]) -> str:
         """The message, which stands in the row, or among the strings where it was registered."""
-        return row["text"] or self.strings.get(row["textId"]) or ""
+        return _string(row["text"]) or self.strings.get(row["textId"], "")
 
     def _process(self, rows: list[Row]) -> int | None:
         """The one process of these rows: correlations of two would collide."""
@@ -141,6 +141,10 @@ class _Export:
             raise TraceError(f"{self.name} holds {len(found)} processes", ", ".join(map(str, found[:4])),
                              "trace one process: nsys profile --trace-fork-before-exec=false")
         return found[0] if found else None
+
+
+def _string(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _payload(row: Mapping[str, Any]) -> int | None:

@@ -68,7 +68,7 @@ def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
         pairs = _assignment(statement)
         if pairs is None:
             raise NotebookError(f"the parameters cell of {name} holds more than `name = literal`",
-                                ast.unparse(statement)[:200], "move it to a later cell")
+                                _written(statement), "move it to a later cell")
         found[pairs[0]] = pairs[1]
     kind = kind_of(found)
     for parameter in found:
@@ -91,9 +91,16 @@ def _fields(kind: type[msgspec.Struct]) -> set[str]:
 def _parse(source: str, name: str) -> ast.Module:
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotebookError(f"the parameters cell of {name} is no Python", str(error),
                             "write one `name = literal` a line") from None
+
+
+def _written(statement: ast.stmt) -> str:
+    try:
+        return ast.unparse(statement)[:200]
+    except (RecursionError, ValueError):  # nested without end, or a number too long to print
+        return f"line {statement.lineno}"
 
 
 def _assignment(statement: ast.stmt) -> tuple[str, Any] | None:
@@ -227,7 +234,7 @@ def _single_owner(notebook: nbformat.NotebookNode, name: str, taken: Mapping[str
             continue
         try:
             nodes = list(ast.walk(ast.parse(cell.source)))
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # a magic, or a mistake that the kernel will report with its line
         stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         if again := sorted(stored & set(taken)):

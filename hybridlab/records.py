@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridlab import environment, paths, ranges, schemas
-from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SystemConfig, TraceConfig, as_dict, build
+from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SoakConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import RunError
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, UNFINISHED, hashes, load, verify
@@ -31,12 +31,12 @@ Status = Literal["complete", "failed"]
 RUN_VARIABLE = paths.RUN_VARIABLE
 PARTS, FAILURE, NOTES = "parts", "failure.json", "notes.json"
 
-Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | PeersConfig | PaperConfig
+Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | SoakConfig | PeersConfig | PaperConfig
 KINDS: dict[str, tuple[type[Config], pa.Schema]] = {  # a config that names none is an ablation's
     "ablation": (RunConfig, schemas.ABLATION), "cache": (CacheConfig, schemas.CACHE),
     "kernels": (BenchConfig, schemas.KERNELS), "trace": (TraceConfig, schemas.TRACE),
-    "system": (SystemConfig, schemas.SYSTEM), "peers": (PeersConfig, schemas.ABLATION),
-    "paper": (PaperConfig, schemas.PAPER)}
+    "system": (SystemConfig, schemas.SYSTEM), "soak": (SoakConfig, schemas.SOAK),
+    "peers": (PeersConfig, schemas.ABLATION), "paper": (PaperConfig, schemas.PAPER)}
 
 NULLABLE = {pa.int64(): "Int64", pa.bool_(): "boolean"}  # pandas would make floats and objects of these
 
@@ -252,7 +252,7 @@ def _rows(path: Path) -> pa.Table:
     for file in files:
         try:
             tables.append(_cast(pq.ParquetFile(file).read(), schema))
-        except (pa.ArrowException, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
     return pa.concat_tables(tables) if tables else schema.empty_table()
 

@@ -167,4 +167,5 @@ def number(value: float) -> str:
 
 def _escape(text: str) -> str:
     """Text as Markdown shows it literally inside a table: model names come from outside."""
-    return re.sub(r"([\\|<>*_`&])", r"\\\1", text)
+    one_line = " ".join(text.splitlines())
+    return re.sub(r"([\\|<>*_`&$]|(?<=\])\()", r"\\\1", one_line)  # "](" would be a link

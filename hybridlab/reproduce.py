@@ -23,6 +23,7 @@ from hybridlab.records import PARTS
 
 ABLATION = "05_ablation"
 PAPER = "10_paper"
+PATIENCE_S = 30.0  # for the thread that moves the bar
 START_S = 20.0  # a kernel, its imports, the model and warming up the arms, on two slow cores
 COMPILE_S = 25.0  # what the first notebook that compiles adds; the later ones find most of it on disk
 
@@ -147,7 +148,7 @@ def _total(plan: list[Step], console: Console) -> Iterator[Callable[[int], Any]]
                 yield where.append
             finally:
                 stop.set()
-                watcher.join()
+                watcher.join(PATIENCE_S)
 
         yield follow
 

@@ -81,6 +81,11 @@ class Runtime:
         return self._engine.counters
 
     @property
+    def worker_pid(self) -> int | None:
+        """The process that serves; None if that is this one."""
+        return self._engine.link.pid if isinstance(self._engine, Client) else None
+
+    @property
     def _executor(self) -> Executor:
         """For protocols that look inside; here only."""
         assert isinstance(self._engine, Engine)

@@ -50,7 +50,7 @@ DRAWN = {  # what is drawn; the second set exists on screen only and is left out
     "marker": ({"color", "symbol", "size", "pattern", "line"}, set()),
     "error": ({"type", "symmetric", "color", "thickness", "width", "array", "arrayminus"}, set()),
     "annotation": ({"text", "x", "y", "xref", "yref", "xanchor", "yanchor", "xshift", "showarrow", "font"}, {"align"}),
-    "legend": ({"orientation", "x", "xanchor", "y", "yanchor"}, set()),
+    "legend": ({"orientation", "x", "xanchor", "y", "yanchor", "font"}, set()),
     "title": ({"text", "x", "xref", "xanchor", "y", "yanchor", "font", "subtitle"}, set()),
 }
 
@@ -290,6 +290,7 @@ def _legend(canvas: Figure, layout: dict[str, Any], handles: dict[str, Any]) -> 
                               borderaxespad=0.2, fontsize=layout["font"]["size"] * POINT)
         for text in drawn.get_texts():
             _write(text)
+            text.set_color(given.get("font", {}).get("color", "#000000"))
         if columns == 1 or drawn.get_window_extent().x1 <= layout["width"]:
             return
         drawn.remove()

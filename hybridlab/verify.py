@@ -7,7 +7,7 @@ plausible wrong tokens, so it is found here, by its logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,6 +66,34 @@ def verify_lowered(model: PreTrainedModel) -> None:
     if error > TOLERANCE[model.dtype]:
         raise LoweringError(f"lowered logits of {type(model).__name__} differ from the model's own",
                             f"by {error:.1e} of the largest, after {PROBE} tokens in {model.dtype}", EAGER)
+
+
+def culprit(model: PreTrainedModel, ids: list[int]) -> str:
+    """Where numbers stop being finite: the first weight that is not, else the first module in the order of execution
+    whose output is not, when the stock modules read `ids`. Runs the model once; for messages."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            return f"weight {name} holds one"
+    found: list[str] = []
+    hooks = [module.register_forward_hook(_finite(name, found)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    except RuntimeError as error:  # out of memory, above all: the first error is the one that counts
+        return f"where could not be seen, {type(error).__name__}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"first in the output of {found[0]}" if found else "though not in the stock modules"
+
+
+def _finite(name: str, found: list[str]) -> Callable[..., None]:
+    def look(module: torch.nn.Module, given: Any, out: Any) -> None:
+        tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+        if not found and not all(torch.isfinite(t).all() for t in tensors):
+            found.append(name)
+
+    return look
 
 
 def _narrowed(model: PreTrainedModel) -> PreTrainedModel:

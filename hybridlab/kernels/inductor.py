@@ -6,20 +6,25 @@ kernel as long as the kernel itself, to decide what is decided here by one dicti
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybridlab import ops
 from hybridlab.errors import JITUnavailable
 
+log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 _COMPILED: dict[tuple[Any, ...], Compiled] = {}
@@ -56,6 +61,24 @@ def _compile(name: str, args: tuple[Any, ...]) -> Compiled:
     # They have the caller's strides, which the kernel is compiled for; a clone would be dense.
     tensors = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) for a in args if isinstance(a, Tensor)]
     with torch.no_grad():
-        compiled = torch._inductor.compile(make_fx(on_tensors)(*tensors), tensors)
+        traced = make_fx(on_tensors)(*tensors)
+        try:
+            compiled = torch._inductor.compile(traced, tensors)
+        except Exception as error:  # several kinds, by what is wrong with the library
+            if not _discarded(error):
+                raise
+            compiled = torch._inductor.compile(traced, tensors)
     COMPILED_BY.append((threading.get_ident(), name))
     return compiled
+
+
+def _discarded(error: Exception) -> bool:
+    """Whether `error` names a library in Inductor's cache, which is removed then: a process that was killed while it
+    wrote one leaves half of it, and Inductor would load that again for ever."""
+    library = re.search(r"(/\S+\.so)\b", str(error))
+    path = Path(library[1]) if library else None
+    if path is None or not path.is_relative_to(cache_dir()) or not path.is_file():
+        return False
+    log.warning("a compiled kernel could not be loaded and is compiled again · %s", str(error)[:300])
+    path.unlink()
+    return True

@@ -31,7 +31,7 @@ def run_all(page: Any, lab: Lab) -> None:
     page.click('li.lm-MenuBar-item:has-text("Run")')
     page.click('li.lm-Menu-item[data-command="runmenu:run-all"]')
     page.wait_for_function(EXECUTED, timeout=2 * LONG)
-    page.wait_for_selector(".hl-lanes", timeout=LONG)
+    page.wait_for_selector(f"{CONTROLS} .js-plotly-plot .main-svg", timeout=LONG)
 
 
 def button(page: Any, name: str) -> Any:
@@ -85,7 +85,7 @@ def test_a_live_run_shows_tokens_coloured_by_path(live: Any, shots: Path) -> Non
     assert lanes.count() == 2
     texts = [lane.locator(".hl-text").inner_text() for lane in lanes.all()]
     assert texts[0] == texts[1] != ""
-    assert live.locator(f"{CONTROLS} .js-plotly-plot .scatterlayer .point").count() > 100
+    until(lambda: live.locator(f"{CONTROLS} .js-plotly-plot .scatterlayer .point").count() > 100, 60, "points")
     live.screenshot(path=shots / "live.png", full_page=True)
 
 
@@ -143,7 +143,7 @@ def test_stop_ends_a_run_and_its_process(live: Any, lab: Lab) -> None:
     button(live, "Stop").click()
     live.wait_for_selector(f"{CONTROLS} .widget-html:has-text('stopped')", timeout=20_000)
     assert measuring(lab) == []
-    assert button(live, "Run").is_enabled()
+    until(lambda: button(live, "Run").is_enabled(), 20, "a Run that can be pressed again")
 
 
 def test_a_restarted_kernel_leaves_no_process_and_serves_again(live: Any, lab: Lab) -> None:

@@ -37,7 +37,8 @@ begun = time.time_ns()
 run = Run.create(build(RunConfig, {"model": model, "repeats": repeats, "lengths": lengths, "device": device}))
 row = dict(round=0, request=0, arm="eager", policy="whole", prompt_tokens=10, bucket=None, index=0, position=10,
            metric="ttft", ms=1.5, path="eager", reason=os.environ.get("CUDA_VISIBLE_DEVICES", ""), captures=0,
-           compiles=0, process=0, device_ms=None, ended_ns=begun, happened="", happened_ms=0.0, profiled=False)
+           compiles=0, process=0, device_ms=None, client_ms=None, ended_ns=begun, happened="", happened_ms=0.0,
+           profiled=False)
 run.append([row])
 run.append([row | {"round": 1, "ended_ns": time.time_ns()}])
 """

@@ -219,6 +219,7 @@ def test_the_figure_is_drawn_without_a_page(explorer: Explorer) -> None:
     floors = explorer.session.floor_table() if explorer.session else None
     figure = liveviews.figure(explorer.rows, explorer.caption, ["eager", "hybrid"], floors, 90.0)
     assert static.svg(figure).startswith(b"<?xml")
+    assert len(explorer.figure.data) == 2 * (len(figure.data) - 2) + 2  # all four arms, and the limit in two panels
     assert [trace.to_plotly_json()["y"] for trace in figure.data if trace.name == "hybrid"] == [
         list(trace.y) for trace in explorer.figure.data if trace.name == "hybrid"]
 

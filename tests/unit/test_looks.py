@@ -7,6 +7,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from hybridlab import kernelviews, looks, plots, static
 from hybridlab.errors import ConfigError
@@ -49,6 +51,15 @@ def test_what_is_written_is_readable_in_the_dark(figure: go.Figure) -> None:
     assert all(looks.contrast(colour, paper) >= 3 for name, colour in looks.COLOURS.items() if name != "eager")
     grey = looks.themed(go.Figure(go.Scatter(line={"color": looks.COLOURS["eager"]})), "dark").data[0].line.color
     assert looks.contrast(grey, paper) >= 3
+
+
+def test_nothing_is_written_dark_without_a_browser(figure: go.Figure) -> None:
+    """matplotlib's own black where nobody named a colour: a legend that cannot be seen."""
+    canvas = static.render(looks.themed(figure, "dark"))
+    written = [text for text in canvas.findobj(Text) if text.get_text().strip()]
+    assert len(written) > 20
+    for text in written:
+        assert looks.contrast(to_hex(text.get_color()), "#141414") >= WRITTEN, text.get_text()
 
 
 def test_greys_are_mirrored_and_colours_and_texts_are_not() -> None:

@@ -157,7 +157,7 @@ def test_embedded_model_is_there_and_knows_its_text() -> None:
 def test_published_dimensions(name: str, parameters: int) -> None:
     """Prevents timings of a model that is not the one named: the counts are those of the published checkpoints."""
     config = models.AutoConfig.for_model(**architectures.ARCHITECTURES[name])
-    skeleton = models._skeleton(config, torch.float16, name)
+    skeleton = models.shell(config, torch.float16, name)
     assert sum(p.numel() for p in skeleton.parameters()) == parameters
 
 
