@@ -129,8 +129,8 @@ class Bench:
         reduction ("read") and by matrix-vector products ("gemv"), GB/s read and written by a copy ("copy"), and
         TFLOP/s of one large product in the dtype ("matmul")."""
         matrices, gemv = self._products(size or self.beyond_caches)
-        half = matrices.numel() // 2
-        target, source = matrices.flatten()[:2 * half].view(2, half)  # an odd number lies over
+        flat = matrices.flatten()
+        target, source = flat[:len(flat) // 2 * 2].chunk(2)  # an odd number of values has no two halves
         side = _SIZES[self.device.type][0]
         calls = 8 if self.cuda else max(1, 8 // len(matrices))  # on a GPU waiting for the last one is nothing beside 8
         a, b = self.ones(side, side), self.ones(side, side)

@@ -17,7 +17,7 @@ from hybridlab.report import NONE, Grid
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS = ("reproduced", "not reproduced", "not testable here")
 PEERS = "peers"  # the kind of a run of other engines: rows of an ablation with a column `system`
-ON_CPU = "a claim about launches on a GPU; the number is this CPU's"
+ON_CPU = "a claim about times on a GPU; the number is this CPU's"
 
 
 @dataclass(frozen=True)

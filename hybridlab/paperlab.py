@@ -57,7 +57,7 @@ class PaperResult(experiment.Shown):
         words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
-                         "launches on a GPU are not judged by them.")
+                         "times on a GPU are not judged by them.")
         return "\n".join(filter(None, words))
 
 

@@ -74,8 +74,7 @@ def itl_by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | Non
         mine = own[own["arm"] == arm]
         kept = mine.iloc[_spread(len(mine), POINTS)]
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
-                           marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm),
-                           hoverinfo="skip")
+                           marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm), hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
         bins = sorted(((float(part["position"].median()), stats.quantile(part["ms"], 0.5)) for part in groups
                        if len(part) >= MEDIAN_NEEDS), key=lambda found: found[0])
@@ -107,8 +106,7 @@ def ablation(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = Non
 def write(figure: go.Figure, stem: Path, formats: Sequence[str] = FORMATS, theme: str = "light") -> list[Path]:
     """Writes stem.html (interactive, opens offline with plotly.min.js beside it), stem.svg, stem.png and stem.pdf.
 
-    `theme`: "light" or "dark", see `looks.themed`. No browser is used: all but the page come from the same figure
-    through `static`, and are the same bytes each time.
+    `theme`: "light" or "dark", see `looks.themed`. All but the page come from `static`, the same bytes each time.
     """
     figure = looks.themed(figure, theme)
     for name in formats:

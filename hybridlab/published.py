@@ -38,7 +38,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     of: Literal["paper", "repository"]
     test: Text
     rule: Text
-    needs: Literal["gpu", "any"]                                          # "gpu": about launches on one
+    needs: Literal["gpu", "any"]                                          # "gpu": about times on one
     judge: Text                                                           # a name in `judging.JUDGES`
     settings: dict[str, Any] = msgspec.field(name="with", default_factory=dict)
 

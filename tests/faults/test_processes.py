@@ -179,7 +179,7 @@ sys.exit(worker.main(sys.argv[1:]))
 def test_case_18_a_device_that_is_broken_for_good_is_a_death(tmp_path, monkeypatch):
     """After an assertion on the device every later call of the same process fails; only a new process helps."""
     (tmp_path / "sticky.py").write_text(STICKY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(link, "MODULE", "sticky")
     on_gpu = SETTINGS | {"device": "cuda"}
     with hl.Runtime("random:tiny-llama-2-7b", **on_gpu) as runtime:

@@ -6,7 +6,7 @@ import torch
 from hybridlab import hfpeers, measure, outlines, peers
 from hybridlab.engines import PeersConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]
 
 
 @pytest.fixture(scope="module")

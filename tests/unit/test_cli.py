@@ -217,6 +217,8 @@ def test_cache_hands_its_options_over_and_shows_the_run(monkeypatch: pytest.Monk
                                 repeats=1, compare=({"capture": "sync", "buckets": [64, 512]},)), root, progress=False)
 
     monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
+    monkeypatch.setattr(cachelab.roofline, "measure", lambda device, dtype, working_set: {
+        "read_gbs": 10.0, "copy_gbs": 10.0, "matmul_tflops": 0.1})
     monkeypatch.setattr(cachelab, "run", run)
     got = invoke("cache", "zipf", "--requests", "7", "--new-tokens", "2", "--repeats", "4", "--model", "tiny",
                  "--compare", "capture=async behind=thread", "--compare", "capture=sync buckets=16,64 cache_graphs=5",

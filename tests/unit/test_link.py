@@ -50,7 +50,7 @@ def ids(client: Client, first: int, count: int = 10, got: list[int] | None = Non
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Client]]:
     """Starts a worker without a model; all of them are ended, and nothing of any is left."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setattr(link, "MODULE", "hosted")
     made = []
 
@@ -299,7 +299,7 @@ def test_a_worker_that_never_built_removes_what_was_meant_for_it(tmp_path, monke
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "weights").write_bytes(b"x")
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setattr(link, "MODULE", "hosted")
     started = link.Link(str(folder), 60.0)
     started._child._process.stdin.close()  # as the kernel does when the parent is killed

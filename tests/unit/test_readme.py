@@ -58,6 +58,13 @@ ELSEWHERE: dict[str, str] = {
     "hybridlab check": "recomputes all tables for a minute: test_cli, and a step of its own in CI",
     "hybridlab check --write": "recomputes all tables for a minute: test_cli",
     "hybridlab bench tiny --repeats 20": "compiles for a minute: tests/unit/test_opbench.py",
+    "hybridlab peers --length 10 --length 100 --repeats 30":
+        "a process with a model for each system takes a minute: tests/unit/test_peers.py",
+    "hybridlab peers --model random:llama-2-7b --dtype float16 --arm eager --arm hybrid":
+        "a model of 13 GB: tests/unit/test_peers.py, tests/gpu/test_peers.py",
+    "hybridlab reproduce --paper": "takes minutes: test_paperlab, and notebook 10 in tests/notebooks",
+    "hybridlab reproduce --paper --model random:llama-2-7b --repeats 1000 --publish":
+        "a model of 13 GB, and it changes the checkout: test_paperlab",
     "hybridlab reproduce --repeats 60 --publish": "takes minutes and changes the checkout: test_cli",
 }
 PYTHON: dict[str, tuple[Change, ...]] = {  # a block by its first line

@@ -205,6 +205,13 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
                      "matmul": [2 * 2 * 64**3 / 1e12]}
 
 
+def test_a_working_set_of_an_odd_number_of_values_is_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of unequal length: no run of a model that happens to have such a size."""
+    monkeypatch.setattr(bench, "_SIZES", {"cpu": (64, (1, 2))})
+    found = bench.Bench(CPU, torch.float32).rates(9 * 9 * 4)
+    assert min(map(min, found.values())) > 0
+
+
 def test_a_step_that_fits_a_cache_is_read_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A floor above the time that a small model takes, from a read rate of memory that it never waits for."""
     monkeypatch.setattr(bench, "_SIZES", {"cpu": (64, (1, 2))})
