@@ -13,18 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
 import pytest
 
 from hybridlab import finished, jobs, records, store, sweeps
+from tests.helpers import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'model = "tiny"\nrepeats = 3\nlengths = [10]\ndevice = "auto"\n'
@@ -85,20 +83,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    """Poll until `condition` holds; the bound is only there so that a hang fails."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        threading.Event().wait(0.02)
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def complete(root: Path) -> Counter[str]:
