@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlab import names
+from hybridlab import conversation, names
+from hybridlab.children import module
 from hybridlab.config import REPLAYING, RuntimeConfig, build
 from hybridlab.errors import ConfigError, MeasureError
 from hybridlab.progress import Report
@@ -21,8 +19,7 @@ from hybridlab.progress import Report
 CACHES = ("warm", "cold")
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 STAGES = ("process", "imports", "model", "runtime", "first token", "first replay")
-PROMPT, TRIES, LAST = 16, 5, 3  # tokens, requests, lines of stderr
-PATIENCE_S = 30.0  # for a process that was killed
+PROMPT, TRIES = 16, 5  # tokens, requests
 
 Row = dict[str, Any]
 
@@ -54,8 +51,9 @@ def run(model: str = "tiny", arm: str = "hybrid", policy: str = "whole", device:
         state, process = caches[done % len(caches)], done // len(caches)
         report(f"cold start, {state} caches", done, total)
         with tempfile.TemporaryDirectory(prefix="hybridlab-") as empty:
-            fresh = {name: str(Path(empty) / name) for name in VARIABLES} if state == "cold" else {}
-            started, ended = _child(json.dumps({"model": model, "settings": settings}), os.environ | fresh, timeout_s)
+            places = {name: str(Path(empty) / name) if state == "cold" else os.environ.get(name) for name in VARIABLES}
+            started, ended = _child(json.dumps({"model": model, "settings": settings}),
+                                    {name: place for name, place in places.items() if place}, timeout_s)
         before = started
         for stage, at in ended.items():
             rows.append({"caches": state, "process": process, "stage": stage, "ms": (at - before) / 1e6,
@@ -67,21 +65,8 @@ def run(model: str = "tiny", arm: str = "hybrid", policy: str = "whole", device:
 def _child(asked: str, environment: dict[str, str], timeout_s: float) -> tuple[int, dict[str, int]]:
     """When a process was started, and when each of its stages ended, in ns of the clock that both share."""
     started = _now()
-    child = subprocess.Popen([sys.executable, "-m", "hybridlab.coldstart", asked], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, errors="replace", env=environment,
-                             start_new_session=True)
-    try:
-        answer, said = child.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise MeasureError(f"a cold start took more than {timeout_s:g} s", "", "allow more time") from None
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate(timeout=PATIENCE_S)
-    if child.returncode:
-        raise MeasureError("a cold start failed", f"exit {child.returncode}: "
-                           + " | ".join(said.strip().splitlines()[-LAST:]), "see what the process said")
-    return started, dict(json.loads(answer.splitlines()[-1]))
+    with conversation.Conversation(module("hybridlab.coldstart"), environment) as child:
+        return started, child.only(asked, timeout_s, "a cold start", "allow more time")
 
 
 def _now() -> int:
@@ -110,11 +95,12 @@ def _stages(model: str, settings: dict[str, Any], note: Callable[[str], None]) -
         raise MeasureError(f"no graph was replayed in {TRIES} requests", f"model {model}", "report this")
 
 
-def _main(asked: str) -> None:
+def _main() -> None:
     ended = {"process": _now()}
-    _stages(**json.loads(asked), note=lambda stage: ended.update({stage: _now()}))
-    sys.stdout.write(json.dumps(ended) + "\n")
+    questions, answer = conversation.answering(0)
+    _stages(**next(questions), note=lambda stage: ended.update({stage: _now()}))
+    answer(ended)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from hybridlab import environment, limits, measure, models, names, outlines, records, restarts, roofline, stats, wording
 from hybridlab.cells import cells, require_distinct, require_steps
+from hybridlab.children import asked
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import RunError
 from hybridlab.progress import Report, reporter
@@ -258,4 +258,4 @@ def _remaining(done: int, elapsed_s: float, config: RunConfig) -> str:
 
 
 if __name__ == "__main__":  # one of several processes of a run, see `restarts`
-    run(**restarts.asked(sys.stdin, json.loads), progress=False)
+    run(**asked(json.loads), progress=False)

@@ -6,17 +6,13 @@ Five first calls give mean and standard deviation, and a hundred repeats of the 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from hybridlab.errors import MeasureError
+from hybridlab import conversation
+from hybridlab.children import module
 
 FIRST = 5          # calls of each length that the published mean is over
-LAST = 3           # lines of stderr
 TIMEOUT_S = 900.0
 # Name: what a runtime is made with beside the lengths. The first three programs of the public repository, in its order.
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -38,20 +34,8 @@ def run(system: str, **asked: Any) -> list[Row]:
     calls, max_len, temperature, seed and threads. Raises: MeasureError.
     """
     text = json.dumps(asked | {"settings": SYSTEMS[system]})
-    child = subprocess.Popen([sys.executable, "-m", "hybridlab.firstcalls", text], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
-    try:
-        answer, said = child.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise MeasureError(f"the first calls of {system} took more than {TIMEOUT_S:g} s", "", "lower calls") from None
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-    if child.returncode:
-        raise MeasureError(f"the first calls of {system} failed", f"exit {child.returncode}: "
-                           + " | ".join(said.strip().splitlines()[-LAST:]), "see what the process said")
-    found: list[Row] = json.loads(answer.splitlines()[-1])
+    with conversation.Conversation(module("hybridlab.firstcalls")) as child:
+        found: list[Row] = child.only(text, TIMEOUT_S, f"the first calls of {system}", "lower calls")
     return found
 
 
@@ -79,4 +63,5 @@ def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any],
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(list(_calls(**json.loads(sys.argv[1])))) + "\n")
+    questions, answer = conversation.answering(0)
+    answer(list(_calls(**next(questions))))

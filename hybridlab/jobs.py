@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridlab import finished, notebooks, paths, restarts, store
+from hybridlab import children, finished, notebooks, store
 from hybridlab.errors import HybridlabError, SweepError
 from hybridlab.parameters import read_notebook
-from hybridlab.records import RUN_VARIABLE, atomic_write
+from hybridlab.records import atomic_write
 from hybridlab.sweeps import Job, Sweep, identity
 
 LOCK = ".sweep.lock"
+EVERY_S = 0.5   # between two looks at a job
 WAIT_S = 15.0   # for what a killed sweep left to end
 GRACE_S = 30.0  # for an interrupted job to mark its run failed
 
@@ -59,28 +59,21 @@ def run(wanted: Mapping[str, Any], root: Path, held: tuple[int, ...] = (),
         tick: Callable[[], object] = lambda: None) -> finished.Entry:
     """One job from the start of its process to the end, judged by the manifest that it left. `tick` is called twice a
     second meanwhile. On Ctrl-C the job may mark its run failed before it ends."""
-    environment = {name: value for name, value in paths.importing().items() if name != RUN_VARIABLE}
     began = time.monotonic()
-    with (tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-          tempfile.TemporaryFile("w+", encoding="utf-8") as told,
-          restarts.child([sys.executable, "-m", "hybridlab.jobs"], said, environment, told.fileno(), held) as process):
-        assert process.stdin is not None
-        process.stdin.write(json.dumps({**wanted, "root": str(root.resolve()), "held": held}).encode() + b"\n")
-        process.stdin.flush()
+    with (tempfile.TemporaryFile("w+", encoding="utf-8") as told,
+          children.Child(children.tied("hybridlab.jobs"), held, told) as process):
+        process.tell(json.dumps({**wanted, "root": str(root.resolve()), "held": held}).encode())
         try:
-            while restarts.going(process):
+            while process.running(EVERY_S):
                 tick()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+            process.interrupt(GRACE_S)
             raise
         told.seek(0)
-        said.seek(0)
-        place, words = told.read().strip(), [line.strip() for line in said if line.strip()]
+        place = told.read().strip()
     if place:
         return finished.state(Path(place))._replace(seconds=time.monotonic() - began)
-    reason = f"exit code {process.returncode} before a run was recorded: {' | '.join(words[-restarts.LAST:])}"
+    reason = f"exit code {process.code} before a run was recorded: {' | '.join(process.last)}"
     return finished.Entry(root, "failed", reason, time.monotonic() - began)
 
 
@@ -130,7 +123,7 @@ def main() -> None:
     """What `python -m hybridlab.jobs` does: one request on the first line of stdin."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
     try:
-        perform(**restarts.asked(sys.stdin, json.loads))
+        perform(**children.asked(json.loads))
     except HybridlabError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -54,8 +54,9 @@ class Link:
         ours, theirs = socket.socketpair()
         main_thread = threading.current_thread() is threading.main_thread()
         try:
-            self._child = children.Child(MODULE, os.getpid(), int(main_thread), theirs.fileno(), memory, bell,
-                                         folder, fds=(theirs.fileno(), memory, bell), HF_HUB_OFFLINE="1")
+            command = children.module(MODULE, os.getpid(), int(main_thread), theirs.fileno(), memory, bell, folder)
+            self._child = children.Child(command, (theirs.fileno(), memory, bell),
+                                         environment={"HF_HUB_OFFLINE": "1"})
         except BaseException:
             ours.close()
             handover.close()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import msgspec
 
-from hybridlab import restarts
+from hybridlab import children
 from hybridlab.errors import HybridlabError
 from hybridlab.session import Asked, Failed, Progress, Said
 
 
 def main() -> None:
     """Says a line of JSON a message on what was stdout, where nothing else can write any more."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
+    channel = children.channel()
     encoder = msgspec.json.Encoder()
 
     def tell(said: Said) -> None:
         os.write(channel, encoder.encode(said) + b"\n")
 
-    asked = restarts.asked(sys.stdin, msgspec.json.Decoder(Asked).decode)
+    asked = children.asked(msgspec.json.Decoder(Asked).decode)
     tell(Progress("importing PyTorch", 0, 1))
     try:
         from hybridlab import live  # seconds, in which a kernel may be restarted

@@ -7,6 +7,7 @@ import site
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
 
 
 def repository() -> Path | None:
@@ -16,11 +17,12 @@ def repository() -> Path | None:
 
 
 def importing() -> dict[str, str]:
-    """The variables of a process that must import this hybridlab, also from a checkout that is not installed."""
+    """The variables of a process that must import this hybridlab, also from a checkout that is not installed, and that
+    belongs to no run."""
     home = str(PACKAGE.parent)
     path = os.environ.get("PYTHONPATH")
     added = {} if home in site.getsitepackages() else {"PYTHONPATH": os.pathsep.join(filter(None, [home, path]))}
-    return {**os.environ, **added}
+    return {name: value for name, value in {**os.environ, **added}.items() if name != RUN_VARIABLE}
 
 
 def data_dir() -> Path:

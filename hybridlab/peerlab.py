@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import pandas as pd
 
 from hybridlab import experiment, measure, models, names, outlines, peerwords, records, report, roofline, stats
 from hybridlab.cells import cells, require_possible
+from hybridlab.children import tied
 from hybridlab.config import RuntimeConfig, as_dict, build, policy_name
 from hybridlab.conversation import Conversation
 from hybridlab.engines import ENGINES, PeersConfig, version
@@ -22,7 +22,7 @@ from hybridlab.progress import Report, reporter
 from hybridlab.telemetry import Telemetry
 
 ANSWER_S = 120.0  # for one request
-COMMAND = (sys.executable, "-m", "hybridlab.peers")
+COMMAND = tied("hybridlab.peers")
 
 Row = dict[str, Any]
 
@@ -148,11 +148,11 @@ class Comparison:
     def start(self) -> None:
         """Start all systems that are installed and compare their greedy tokens with those of ours. Their processes
         import libraries side by side, then load and warm up one after the other."""
-        for name, number in self.numbers.items():
+        for name in self.numbers:
             if name not in self.own and version(ENGINES[name].distribution) is None:
                 self.systems[name] = {"state": "absent", "why": f"not installed: {ENGINES[name].install}"}
             else:
-                self.running[name] = self._stack.enter_context(Conversation(COMMAND, self.scratch / f"{number}.said"))
+                self.running[name] = self._stack.enter_context(Conversation(COMMAND))
         self._each(lambda name: self.running[name].ask({}, self.config.start_s), "did not start")
         self._each(self._start, "did not start")
         self._each(self._compare, "died when its tokens were compared")

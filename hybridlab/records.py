@@ -28,7 +28,7 @@ from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, 
 from hybridlab.paperconfig import PaperConfig
 
 Status = Literal["complete", "failed"]
-RUN_VARIABLE = "HYBRIDLAB_RUN"  # directory of the run that a notebook's process belongs to
+RUN_VARIABLE = paths.RUN_VARIABLE
 PARTS, FAILURE, NOTES = "parts", "failure.json", "notes.json"
 
 Config = RunConfig | CacheConfig | BenchConfig | TraceConfig | SystemConfig | SoakConfig | PeersConfig | PaperConfig

@@ -7,29 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
-import psutil
 
 from hybridlab import records
+from hybridlab.children import Child, tied
 from hybridlab.config import RunConfig, as_dict
 from hybridlab.errors import RunError
 from hybridlab.progress import Report
 
 EVERY_S = 0.5  # between two looks at how far a process is
-PATIENCE_S = 30.0  # for a process that was killed
-LAST = 5       # lines of what a process said before it died
 
 
 def collect(config: RunConfig, target: records.Run, report: Report) -> dict[str, Any]:
@@ -70,67 +62,11 @@ def parts(config: RunConfig) -> list[RunConfig]:
     return [msgspec.structs.replace(config, repeats=number, **share) for number in rounds]
 
 
-def asked(source: TextIO, decode: Callable[[str], Any]) -> Any:
-    """What the first line of `source` asks this process for; the process ends when `source` does, with its parent, and
-    all that it started with it."""
-    found = decode(source.readline())
-
-    def follow() -> None:
-        source.read()
-        for below in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                below.kill()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    return found
-
-
 def _one(part: RunConfig, process: int, root: Path, progress: Callable[[int], None]) -> str:
     """One process from its start to its end; returns the last lines that it said."""
     wanted = json.dumps({"config": as_dict(part), "root": str(root), "process": process})
-    environment = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
-    with (root / "said").open("w+", encoding="utf-8", errors="replace") as said:
-        with child([sys.executable, "-m", "hybridlab.experiment"], said, environment) as started:
-            assert started.stdin is not None
-            started.stdin.write(wanted.encode() + b"\n")
-            started.stdin.flush()
-            while going(started):
-                progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
-        words = last_words(started, said)
-    (root / "said").unlink()
-    return words
-
-
-def last_words(ended: subprocess.Popen[bytes], said: TextIO) -> str:
-    """Its exit code and the last lines that it said."""
-    said.seek(0)
-    lines = [line.strip() for line in said if line.strip()]
-    return f"exit code {ended.returncode}: " + " | ".join(lines[-LAST:])
-
-
-def going(child: subprocess.Popen[bytes]) -> bool:
-    """Whether a process still runs, after a look of at most EVERY_S."""
-    try:
-        child.wait(EVERY_S)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-@contextmanager
-def child(command: list[str], said: TextIO, environment: dict[str, str],
-          stdout: int = subprocess.DEVNULL, held: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, none of which is left behind; `stdout`: where its standard output goes. It
-    inherits the open files `held`."""
-    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=said, env=environment,
-                               start_new_session=True, pass_fds=held)
-    try:
-        yield started
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.wait(PATIENCE_S)
-        for pipe in filter(None, (started.stdin, started.stdout)):
-            with suppress(BrokenPipeError):  # what it was asked last and never read
-                pipe.close()
+    with Child(tied("hybridlab.experiment")) as started:
+        started.tell(wanted.encode())
+        while started.running(EVERY_S):
+            progress(sum(1 for _ in root.glob(f"*/*/{records.PARTS}/*.parquet")))
+    return started.words

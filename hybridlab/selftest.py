@@ -7,7 +7,6 @@ process, or computes with what others have written there.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hybridlab import graphs
+from hybridlab import children, graphs
 
 PATIENCE_S = 120.0
 WIDTH, WEIGHTS, REPLAYS = 2048, 3, 20
@@ -29,14 +28,14 @@ def one_by_one(pool: str) -> str:
     Takes some seconds, once a process: a GPU that has gone wrong takes its process with it.
     """
     try:
-        done = subprocess.run([sys.executable, "-m", "hybridlab.selftest", pool], capture_output=True, text=True,
-                              timeout=PATIENCE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the self-test did not end: {type(error).__name__}"
-    if done.returncode == 0:
+        with children.Child(children.tied("hybridlab.selftest", pool)) as child:
+            if child.running(PATIENCE_S):
+                return f"the self-test did not end within {PATIENCE_S:g} s"
+    except OSError as error:
+        return f"the self-test did not start: {type(error).__name__}"
+    if child.code == 0:
         return ""
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"the self-test failed: {last[:200]}"
+    return f"the self-test failed: {(child.last or [child.words])[-1][:200]}"
 
 
 def main(pool: str, device: torch.device) -> None:

@@ -5,27 +5,20 @@ The process is `liveprocess`: measuring where a notebook's event loop runs would
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pandas as pd
 
-from hybridlab import names, records, restarts
+from hybridlab import children, names
 from hybridlab.cells import cells
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError
 
-COMMAND = (sys.executable, "-m", "hybridlab.liveprocess")
-LAST = 5       # lines of what the process said before it died
+COMMAND = children.module("hybridlab.liveprocess")
 GONE_S = 10.0  # until a killed process must have been reaped
 
 
@@ -131,11 +124,7 @@ class Session:
             if Session._current is not None:
                 Session._current.stop()
             Session._current = self
-            self._stack = ExitStack()
-            said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - the stack closes it
-            self._said = self._stack.enter_context(said)
-            self._child = self._stack.enter_context(restarts.child(
-                [*COMMAND], self._said, _environment(), subprocess.PIPE))
+            self._child = children.Child(COMMAND, stdout=subprocess.PIPE)
             self._reader = threading.Thread(target=self._read, name="hybridlab-session", daemon=True)
             self._reader.start()
 
@@ -177,8 +166,8 @@ class Session:
         """End the process and all that it started, at once; returns when it is gone. What was said is kept."""
         if not self.over.is_set():
             self.stopped = True
-            if self._child.poll() is None:
-                os.killpg(self._child.pid, signal.SIGKILL)
+            if self._child.running():
+                self._child.kill()
             self.over.wait(GONE_S)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -188,13 +177,12 @@ class Session:
     def _read(self) -> None:
         decoder = msgspec.json.Decoder(Said)
         try:
-            with self._stack:
-                assert self._child.stdin is not None
-                assert self._child.stdout is not None
-                self._ask(self._child.stdin)
+            with self._child:
+                asked = {**msgspec.to_builtins(self.asked), "config": as_dict(self.asked.config)}
+                self._child.tell(msgspec.json.encode(asked))
                 for line in self._child.stdout:
                     self._take(decoder.decode(line))
-                self._child.wait(GONE_S)
+                self._child.end(GONE_S)
                 self._verdict()
         except Exception as error:  # the page must hear of it, and nothing else listens to this thread
             self.failure = self.failure or f"{type(error).__name__}: {error}"
@@ -203,14 +191,6 @@ class Session:
             with Session._starting:
                 if Session._current is self:
                     Session._current = None
-
-    def _ask(self, stdin: IO[bytes]) -> None:
-        try:
-            stdin.write(msgspec.json.encode({**msgspec.to_builtins(self.asked), "config": as_dict(self.asked.config)})
-                        + b"\n")
-            stdin.flush()
-        except BrokenPipeError:
-            pass  # it died before it listened; the verdict says why
 
     def _take(self, said: Said) -> None:
         match said:
@@ -230,14 +210,4 @@ class Session:
     def _verdict(self) -> None:
         if self.failure or self.machine or self.stopped:
             return
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said if line.strip()][-LAST:]
-        self.failure = f"the measuring process died with exit code {self._child.returncode} · {' | '.join(lines)}"
-
-
-def _environment() -> dict[str, str]:
-    """That of this process, for one that imports this very package and records no run."""
-    found = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
-    home = str(Path(__file__).resolve().parent.parent)
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [home, found.get("PYTHONPATH")]))
-    return found
+        self.failure = f"the measuring process died with exit code {self._child.code} · {' | '.join(self._child.last)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from hybridlab import (
     models,
     names,
     nsys,
+    paths,
     perfetto,
     ranges,
     records,
@@ -184,10 +184,9 @@ def _under_nsys(config: TraceConfig, name: str, folder: Path) -> pd.DataFrame:
 
 def _tool(command: list[str], made: Path) -> None:
     """Runs one of the commands of nsys. Raises: TraceError when it fails or `made` is not there."""
-    child = {name: value for name, value in os.environ.items() if name != records.RUN_VARIABLE}
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False,
-                              env=child)
+                              env=paths.importing())
     except subprocess.TimeoutExpired:
         raise TraceError(f"nsys {command[1]} took more than {TIMEOUT_S:.0f} s", "",
                          "trace fewer tokens, or use --tool torch") from None

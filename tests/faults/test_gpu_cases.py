@@ -17,6 +17,7 @@ from hybridlab import graphs, kernels, pools
 from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, StaleAddress
+from tests.helpers import by_hand, replayed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -31,18 +32,6 @@ def job(key: str, rows: int = 8) -> Job:
     weight = torch.randn(WIDTH, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(ord(key)))
     x, out = torch.ones(rows, WIDTH, device="cuda"), torch.zeros(rows, WIDTH, device="cuda")
     return Job(key, lambda: out.copy_(x @ weight), [x, out])
-
-
-def result(held: GraphCache, each: Job) -> torch.Tensor:
-    each.buffers[1].fill_(-1)
-    with held.lease(each.key) as replay:
-        replay()
-    return each.buffers[1].clone()
-
-
-def by_hand(each: Job) -> torch.Tensor:
-    each.function()
-    return each.buffers[1].clone()
 
 
 def test_case_04_a_kernel_first_used_inside_a_capture_is_named() -> None:
@@ -62,7 +51,7 @@ def test_case_04_a_kernel_first_used_inside_a_capture_is_named() -> None:
     with pytest.raises(CaptureFailed):  # by CUDA, or because something was compiled
         held.capture(asked, rehearse=False)
     assert "cold" not in held
-    assert torch.equal(result(held, good), want)
+    assert torch.equal(replayed(held, good), want)
     held.failed.clear()
     held.capture(asked)  # with a rehearsal of the same callable nothing is left to compile
     assert "cold" in held
@@ -91,7 +80,7 @@ def test_case_05_what_is_dropped_during_a_capture_does_not_end_it() -> None:
         held.capture(good._replace(function=collecting), rehearse=False)
     finally:
         gc.set_threshold(700, 10, 10)
-    assert torch.equal(result(held, good), want)
+    assert torch.equal(replayed(held, good), want)
 
 
 @pytest.mark.parametrize(("mode", "fails"), [("global", True), ("thread_local", False)])
@@ -126,7 +115,7 @@ def test_case_07_work_of_another_thread_ends_a_global_capture_loudly(mode: str, 
     if fails:
         assert "a" not in held
         held.capture(each)  # once the other thread is quiet
-    assert torch.equal(result(held, each), want)
+    assert torch.equal(replayed(held, each), want)
 
 
 def _swallowing(work: Callable[[], None], over: threading.Event) -> Callable[[], None]:
@@ -149,7 +138,7 @@ def test_case_09_a_buffer_that_moved_is_refused_before_the_device_reads_it() -> 
     x.set_(torch.zeros_like(x))
     out.fill_(-1)
     with pytest.raises(StaleAddress, match="moved since capture"):
-        result(held, each)
+        replayed(held, each)
     assert bool(out.eq(-1).all())
 
 

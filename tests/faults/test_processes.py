@@ -18,6 +18,7 @@ import hybridlab as hl
 from hybridlab import experiment, link, models, records
 from hybridlab.client import Client
 from hybridlab.errors import ProtocolError, WorkerDied, WorkerTimeout
+from tests.helpers import Bomb
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"arm": "graph", "capture": "sync", "buckets": [16], "max_len": 128, "process": "worker", "device": "cpu"}
@@ -135,14 +136,6 @@ def test_case_20_a_worker_that_hangs_is_ended_and_what_wakes_it_later_does_no_ha
             worker.resume()
         with pytest.raises(WorkerTimeout):
             runtime.generate([5, 6])
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.path), "w")
 
 
 def test_case_21_a_pickle_for_a_frame_is_refused_and_ends_the_worker(tmp_path):

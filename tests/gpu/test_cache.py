@@ -20,6 +20,7 @@ from hybridlab.behind import WAYS
 from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed
+from tests.helpers import by_hand, replayed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -45,18 +46,6 @@ def job(key: str, rows: int = 8, scale: float = 0.01) -> Job:
     weight = torch.randn(WIDTH, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(ord(key)))
     x, out = torch.ones(rows, WIDTH, device="cuda"), torch.zeros(rows, WIDTH, device="cuda")
     return Job(key, lambda: out.copy_((x @ weight) * scale @ weight), [x, out])
-
-
-def result(held: GraphCache, each: Job) -> torch.Tensor:
-    each.buffers[1].fill_(-1)
-    with held.lease(each.key) as replay:
-        replay()
-    return each.buffers[1].clone()
-
-
-def by_hand(each: Job) -> torch.Tensor:
-    each.function()
-    return each.buffers[1].clone()
 
 
 def in_use() -> tuple[int, int]:
@@ -148,7 +137,7 @@ def test_failed_captures_cost_no_memory(pool: str) -> None:
         if number in (0, 49):
             sizes.append(in_use())
     assert sizes[0] == sizes[1]
-    assert torch.equal(result(held, good), want)
+    assert torch.equal(replayed(held, good), want)
     torch.randn(1, device="cuda")  # PyTorch's own generator refuses while it takes a capture to be under way
     held.capture(job("c"))
     held.clear()
@@ -177,7 +166,7 @@ def test_running_out_of_memory_is_one_failed_capture() -> None:
 
     with held.lease("a"), pytest.raises(CaptureFailed, match=r"out of memory.*lower cache_bytes"):
         held.capture(Job("huge", too_large, [out]))
-    assert torch.equal(result(held, good), want)
+    assert torch.equal(replayed(held, good), want)
     held.capture(job("c"))
     assert len(held) == 2
 
@@ -190,7 +179,7 @@ def test_graphs_of_one_pool_replay_in_every_order() -> None:
         held.capture(each)
     for order in ([0, 1, 2], [2, 1, 0], [1, 1, 0, 2]):
         for index in order:
-            assert torch.equal(result(held, jobs[index]), want[jobs[index].key])
+            assert torch.equal(replayed(held, jobs[index]), want[jobs[index].key])
 
 
 def test_the_self_test_and_what_follows_from_it() -> None:
@@ -201,7 +190,7 @@ def test_the_self_test_and_what_follows_from_it() -> None:
     want = {each.key: by_hand(each) for each in jobs}
     for each in jobs * 3:
         held.capture(each) if each.key not in held else None
-        assert torch.equal(result(held, each), want[each.key])
+        assert torch.equal(replayed(held, each), want[each.key])
 
 
 def test_pieces_share_the_pool(tiny: torch.nn.Module) -> None:

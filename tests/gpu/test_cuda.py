@@ -5,8 +5,6 @@ Skipped without a GPU: there is nothing here that a CPU could stand in for.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,19 +12,12 @@ import hybridlab as hl
 from hybridlab import kernels, ops
 from hybridlab.config import ARMS
 from hybridlab.errors import NonFinite
+from tests.helpers import attended
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 LENGTHS = (1, 9, 10, 63, 64, 65, 127, 500)
 NEW = 64
-
-
-def attended(attend: Any, *args: Any) -> torch.Tensor:
-    """What `attend` writes for these arguments into an output that holds NaN before."""
-    q = args[0]
-    out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
-    attend(*args, out)
-    return out
 
 
 def prompt(model: torch.nn.Module, length: int) -> list[int]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import pytest
 from hybridlab import answers, kernelanswers, notebooks, paperlab, records
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
+from tests.helpers import alive, wait_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -291,22 +289,6 @@ def test_an_interrupt_leaves_a_verdict_and_no_kernel(tmp_path: Path) -> None:
     assert runner.returncode == 130, said
     assert records.read(only_run(tmp_path / "runs")).status == "failed"
     wait_for(lambda: not alive(int(marker.read_text())))
-
-
-def wait_for(condition: Any, timeout_s: float = 60) -> None:
-    """Poll until `condition` holds; the bound is only there so that a hang fails."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        threading.Event().wait(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc").exists() else True
 
 
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------

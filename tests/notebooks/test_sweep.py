@@ -13,18 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
 import pytest
 
 from hybridlab import finished, jobs, records, store, sweeps
+from tests.helpers import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'model = "tiny"\nrepeats = 3\nlengths = [10]\ndevice = "auto"\n'
@@ -37,7 +35,8 @@ begun = time.time_ns()
 run = Run.create(build(RunConfig, {"model": model, "repeats": repeats, "lengths": lengths, "device": device}))
 row = dict(round=0, request=0, arm="eager", policy="whole", prompt_tokens=10, bucket=None, index=0, position=10,
            metric="ttft", ms=1.5, path="eager", reason=os.environ.get("CUDA_VISIBLE_DEVICES", ""), captures=0,
-           compiles=0, process=0, device_ms=None, ended_ns=begun, happened="", happened_ms=0.0, profiled=False)
+           compiles=0, process=0, device_ms=None, client_ms=None, ended_ns=begun, happened="", happened_ms=0.0,
+           profiled=False)
 run.append([row])
 run.append([row | {"round": 1, "ended_ns": time.time_ns()}])
 """
@@ -84,20 +83,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    """Poll until `condition` holds; the bound is only there so that a hang fails."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        threading.Event().wait(0.02)
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def complete(root: Path) -> Counter[str]:

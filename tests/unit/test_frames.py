@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -34,6 +33,7 @@ from hybridlab.frames import (
     Serve,
     Way,
 )
+from tests.helpers import Bomb
 
 SAMPLING = Sampling(temperature=0.7, top_k=3, top_p=0.5, seed=2**63 - 1)
 ORDERS = [Build(model="tiny", name="tiny", config=RuntimeConfig(buckets=(16, 64), policy="full")), Echo(), Leave(),
@@ -41,16 +41,6 @@ ORDERS = [Build(model="tiny", name="tiny", config=RuntimeConfig(buckets=(16, 64)
           Seal(closed=True), Prepare(lengths=[], sampling=SAMPLING)]
 ANSWERS = [Ready(device="cuda:0", dtype="float16", max_len=9, buckets=[4], fused=True), Way(path="jit", reason="ü"),
            Done(tokens=3, device_ms=[0.0, 1.5]), Described(plan="{}"), Failed(kind="NonFinite", fact="a", fatal=True)]
-
-
-class Bomb:
-    """Would create a file wherever something unpickles it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture

@@ -12,19 +12,12 @@ from hybridlab import kernels, ops
 from hybridlab.errors import JITUnavailable
 from hybridlab.kernels import attend, emit, inductor
 from hybridlab.sampling import Controls
+from tests.helpers import attended
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on masked lanes of the interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {torch.float32: 1e-5, torch.float16: 2e-3}  # of the row's largest value; reference: IEEE half has 11 bits
-
-
-def attended(attend: Any, *args: Any) -> torch.Tensor:
-    """What `attend` writes for these arguments into an output that holds NaN before."""
-    q = args[0]
-    out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
-    attend(*args, out)
-    return out
 
 
 def inputs(heads: int, kv_heads: int, rows: int, dim: int, capacity: int, start: int, dtype: torch.dtype,

@@ -32,6 +32,7 @@ from hybridlab.errors import (
 )
 from hybridlab.frames import Build, Echo, Seal, Serve
 from hybridlab.handover import SLOTS
+from tests.helpers import Bomb
 
 TESTS = Path(__file__).resolve().parents[1]
 KILL, LOOP, STOP, STICKY, MEMORY, NAN, EXIT, OVERWRITE, RING, GARBAGE, LONG, SHORT, COUNT, WAY, SLOW = range(1, 16)
@@ -307,14 +308,6 @@ def test_a_worker_that_never_built_removes_what_was_meant_for_it(tmp_path, monke
     assert not folder.exists()
     started._child._process.stdin = None
     started.close()
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("what", ["no msgpack", "pickle", "long", "out of vocabulary", "too many tokens",

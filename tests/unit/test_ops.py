@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +10,7 @@ from scipy import stats as scipy_stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hybridlab import ops
-
-
-def attended(attend: Any, *args: Any) -> torch.Tensor:
-    """What `attend` writes for these arguments into an output that holds NaN before."""
-    q = args[0]
-    out = torch.full((1, q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
-    attend(*args, out)
-    return out
+from tests.helpers import attended
 
 
 def one(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:

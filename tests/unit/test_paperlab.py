@@ -9,7 +9,7 @@ import msgspec
 import pandas as pd
 import pytest
 
-from hybridlab import crossing, experiment, firstcalls, models, paperlab, papertables, papertimes, records
+from hybridlab import children, crossing, experiment, firstcalls, models, paperlab, papertables, papertimes, records
 from hybridlab.errors import ConfigError, MeasureError, ModelError, PromptError, RunError
 from hybridlab.paperconfig import PAPER_PARTS, PaperConfig
 
@@ -159,7 +159,7 @@ def test_first_calls_are_made_in_a_fresh_process_without_warm_up(monkeypatch: py
     assert more.groupby("prompt_tokens").size().to_dict() == {5: 2, 30: 2}
     assert not more["captures"].any()
     assert set(found["path"]) == {"graph"}
-    monkeypatch.setattr(firstcalls.sys, "executable", "/bin/false")
+    monkeypatch.setattr(children.sys, "executable", "/bin/false")
     with pytest.raises(MeasureError, match="the first calls of eager failed"):
         firstcalls.run("eager")
 

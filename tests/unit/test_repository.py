@@ -28,7 +28,7 @@ LEVELS = (
      "collector", "pools"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
      "tuning", "events", "children", "handover"),
-    ("engines", "paperconfig", "published"),
+    ("engines", "paperconfig", "published", "started"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "growth", "limits",
      "kineto", "nsys", "gaps"),
     ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),

@@ -1,16 +1,14 @@
 """Several processes, one run: no round lost or counted twice, and a process that dies is named and not left."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
-from hybridlab import records, restarts
+from hybridlab import children, records, restarts
 from hybridlab.config import RunConfig, as_dict
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.experiment import run
@@ -52,8 +50,7 @@ def test_the_parts_add_up_to_the_whole():
 def test_a_process_that_fails_is_named_with_its_words(tmp_path, monkeypatch):
     """A run of fewer processes than asked for must not pass as complete, and its cause must not be lost."""
     broken = "import sys; sys.stdin.readline(); sys.exit('no room on device')"
-    child = restarts.child
-    monkeypatch.setattr(restarts, "child", lambda command, *rest: child([sys.executable, "-c", broken], *rest))
+    monkeypatch.setattr(restarts, "Child", lambda command: children.Child([sys.executable, "-c", broken]))
     with pytest.raises(RunError, match=r"process 1 of 2 failed .* no room on device"):
         run(CONFIG, root=tmp_path, progress=False)
     (path,) = tmp_path.glob("*/*")
@@ -62,8 +59,8 @@ def test_a_process_that_fails_is_named_with_its_words(tmp_path, monkeypatch):
 
 def test_a_process_ends_with_its_parent():
     """An orphan would measure on, and disturb whatever is measured next."""
-    code = ("import json, sys, time; from hybridlab import restarts; "
-            "print(restarts.asked(sys.stdin, json.loads), flush=True); time.sleep(60)")
+    code = ("import json, time; from hybridlab import children; "
+            "print(children.asked(json.loads), flush=True); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdin.write(json.dumps({"config": as_dict(RunConfig())}).encode() + b"\n")
     child.stdin.flush()
@@ -75,7 +72,7 @@ def test_a_process_ends_with_its_parent():
 
 def test_what_a_process_started_ends_with_its_parent_too():
     """A kernel that a job has started would go on after both, and hold the GPU."""
-    code = ("import json, subprocess, sys, time; from hybridlab import restarts; restarts.asked(sys.stdin, json.loads);"
+    code = ("import json, subprocess, sys, time; from hybridlab import children; children.asked(json.loads);"
             "below = [sys.executable, '-c', 'import time; time.sleep(60)'];"
             "print(subprocess.Popen(below, start_new_session=True).pid, flush=True); time.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -91,10 +88,8 @@ def test_what_a_process_started_ends_with_its_parent_too():
 
 def test_nothing_is_left_when_the_parent_gives_up():
     """Ctrl-C in the parent must end the process that measures."""
-    with Path(os.devnull).open("w") as said:
-        going = restarts.child([sys.executable, "-c", "import time; time.sleep(60)"], said, dict(os.environ))
-        child = going.__enter__()
-        assert psutil.pid_exists(child.pid)
-        with pytest.raises(KeyboardInterrupt):
-            going.gen.throw(KeyboardInterrupt)
-    assert child.returncode == -signal.SIGKILL
+    child = children.Child([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert psutil.pid_exists(child.pid)
+    with pytest.raises(KeyboardInterrupt), child:
+        raise KeyboardInterrupt
+    assert child.code == -signal.SIGKILL

@@ -17,6 +17,7 @@ import pytest
 from hybridlab import live, models, session
 from hybridlab.errors import ConfigError, ModelError, PlanError, PromptError
 from hybridlab.session import Session, checked
+from tests.helpers import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"model": "tiny", "device": "cpu", "arms": ["eager", "hybrid"], "repeats": 3, "new_tokens": 8}
@@ -28,13 +29,6 @@ subprocess.Popen(["sleep", "60"])
 print('["progress", "on", 0, 1]', flush=True)
 time.sleep(60)
 """
-
-
-def until(true: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -156,14 +150,14 @@ def test_a_process_that_breaks_says_how(program: str, says: str, fake: Callable[
 def test_stop_ends_it_at_once_with_all_that_it_started(fake: Callable[[str], Session]) -> None:
     """A Stop that waits for the current request, or leaves a compiler's workers behind."""
     made = fake(FOREVER)
-    until(lambda: made.progress.what == "on")
+    wait_for(lambda: made.progress.what == "on")
     family = [psutil.Process(made.pid), *psutil.Process(made.pid).children(recursive=True)]
     assert len(family) == 2
     started = time.monotonic()
     made.stop()
     assert time.monotonic() - started < 1
     assert (made.stopped, made.failure) == (True, "")
-    until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in family))
+    wait_for(lambda: not any(alive(each.pid) for each in family))
     made.stop()
 
 
@@ -185,7 +179,7 @@ def test_it_ends_with_the_kernel() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     pid = int(done.stdout)
     try:
-        until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 30)
+        wait_for(lambda: not alive(pid), 30)
     finally:
         if psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
