@@ -20,11 +20,13 @@ import traitlets
 
 from hybridlab import liveviews, looks
 from hybridlab.config import ARMS, COMPILING, POLICIES, REPLAYING
-from hybridlab.errors import HybridlabError
+from hybridlab.errors import HybridlabError, MeasureError
 from hybridlab.names import KNOWN
 from hybridlab.session import Row, Session, checked
 
-EVERY_S = 0.25  # between two changes of the page
+EVERY_S = 0.25     # between two changes of the page
+LONGEST_S = 86400  # that a run may last
+PATIENCE_S = 30.0  # from the end of its process until the page has followed
 UNSAID = "Controls for a live run: they need a running notebook. Nothing was run by showing them."
 DEFAULTS: dict[str, Any] = {
     "model": "tiny", "arms": ["eager", "hybrid"], "policy": "whole", "kernels": "torch", "new_tokens": 32,
@@ -126,12 +128,15 @@ class Explorer:
         """End the run; its process is gone when this returns, and its rows are kept."""
         if self.session is not None:
             self.session.stop()
-        self.wait()
+        self.wait(PATIENCE_S)
 
-    def wait(self) -> None:
-        """Return when the run is over and painted."""
+    def wait(self, timeout_s: float = LONGEST_S) -> None:
+        """Return when the run is over and painted. Raises `MeasureError` if it is not after `timeout_s` seconds."""
         if self._painter is not None:
-            self._painter.join()
+            self._painter.join(timeout_s)
+            if self._painter.is_alive():
+                raise MeasureError(f"the run is not over after {timeout_s:g} s", self.status.value,
+                                   "press Stop, or wait longer")
 
     def close(self) -> None:
         """Stop, and take the controls out of the page."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from hybridlab import stats
 from hybridlab.errors import MeasureError
-from hybridlab.explorer import Explorer
+from hybridlab.explorer import LONGEST_S, Explorer
 
 COLUMNS = ["arm", "rounds", "n", "pairs", *(f"{name}{end}" for name in ("p50", "p99", "ratio")
                                            for end in ("", "_low", "_high"))]
@@ -29,7 +29,7 @@ def compare(explorer: Explorer) -> pd.DataFrame:
     coins = np.random.default_rng(rounds).integers(2, size=rounds // 2)
     held = [2 * pair + int(coin) for pair, coin in enumerate(coins)]
     started = explorer.start(held)
-    explorer.wait()
+    explorer.wait(LONGEST_S)
     if not started or explorer.session is None or explorer.session.failure or explorer.session.stopped:
         raise MeasureError("nothing was compared", explorer.status.value, "correct the controls, and let it finish")
     return table(explorer.rows, held)

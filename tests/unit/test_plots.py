@@ -208,7 +208,7 @@ def test_a_logarithmic_axis_is_drawn_as_one():
     lambda f: f.update_yaxes(autorange="reversed"),
     lambda f: f.update_layout(barmode="stack"),
     lambda f: f.add_annotation(text="x", x=1, y=1, xref="x", yref="y", font={"size": 9, "color": "#000000"}),
-    lambda f: f.update_traces(marker_symbol="star"),
+    lambda f: f.update_traces(marker_symbol="hourglass"),
     lambda f: f.update_layout(title_text="<b>bold</b>"),
     lambda f: f.update_layout(legend_orientation="v"),
 ])
