@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from hybridlab.errors import choose
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73",  # Okabe-Ito and a grey
-           "hf-generate": "#8A8A8A", "hf-compile": "#AA4499", "hf-compile-prefill": "#882255", "vllm": "#CC6677",
+           "hf-generate": "#8A8A8A", "hf-compile": "#AA4499", "hf-compile-prefill": "#B5651D", "vllm": "#CC6677",
            "tensorrt-llm": "#56B4E9"}
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up",  # also without colour
            "hf-generate": "triangle-down", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
