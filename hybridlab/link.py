@@ -118,7 +118,7 @@ class Link:
         while not (self._handover.rung > self._handover.taken or self._handover.listen()):
             if not self._owed:
                 return self._over()
-            self._wait(deadline, self.step_timeout_s, "no token came")
+            self._wait(deadline, self.step_timeout_s, "no token came", tokens_first=True)
         try:
             given = self._handover.take()
         except ProtocolError as error:
@@ -149,13 +149,16 @@ class Link:
         except TimeoutError:
             self._late("it does not listen", self.step_timeout_s)
 
-    def _wait(self, deadline: float, timeout_s: float, late: str) -> None:
-        """Until there is something from the worker, or for `LOOK_S`."""
+    def _wait(self, deadline: float, timeout_s: float, late: str, tokens_first: bool = False) -> None:
+        """Until there is something from the worker, or for `LOOK_S`. `tokens_first`: tokens that are there are taken
+        before its words are heard, which may be its last."""
         self.require_open()
         left = deadline - time.monotonic()
         if left <= 0:
             self._late(late, timeout_s)
         found = dict(self._poll.poll(1e3 * min(LOOK_S, left)))
+        if tokens_first and found.get(self._handover.fileno(), 0) & select.POLLIN:
+            return
         if self._channel.fileno() in found:
             self._hear(timeout_s, late)
         elif not found and not self._child.running():
