@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
 
 from hybridlab.errors import ConfigError
 
@@ -13,6 +14,15 @@ RIDGE = 64                # rows, for a machine that was not measured
 LEAST, MOST = 16, 64      # rows of the first bucket
 STEPS = 4                 # buckets in each doubling above it
 AHEAD = range(1, 51)      # exact lengths that the paper captures before it serves
+COUNTLESS = 2**20         # lengths are more than any context has
+
+
+def finite(name: str, lengths: Iterable[Any]) -> tuple[Any, ...]:
+    """All `lengths`. Raises `ConfigError` where they do not end, like those of `itertools.count`."""
+    found = tuple(islice(lengths, COUNTLESS))
+    if len(found) == COUNTLESS:
+        raise ConfigError(f"{name} has {COUNTLESS:,} lengths or more", "no context is as long", "give those you need")
+    return found
 
 
 def ladder(buckets: Sequence[int] | Literal["exact"] | None, max_len: int,

@@ -199,7 +199,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: Positive = 1
 
 
-Part = Literal["coldstart", "memory", "overhead", "ipc"]
+Part = Literal["coldstart", "memory", "overhead", "ipc", "watching"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 

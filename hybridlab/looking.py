@@ -5,6 +5,8 @@ Never imports torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -25,6 +27,11 @@ def compare(explorer: Explorer) -> pd.DataFrame:
     pair by pair, with its 95 % interval: 1 where looking on makes no difference. Load from elsewhere lasts longer than
     a gap, so that rounds are what repeats. Raises `MeasureError` where the run failed.
     """
+    return table(*watched(explorer))
+
+
+def watched(explorer: Explorer) -> tuple[pd.DataFrame, list[int]]:
+    """The rows of the run that `compare` makes, and which rounds of it were held. Raises as it does."""
     rounds = int(explorer.controls["repeats"].value)
     coins = np.random.default_rng(rounds).integers(2, size=rounds // 2)
     held = [2 * pair + int(coin) for pair, coin in enumerate(coins)]
@@ -32,12 +39,25 @@ def compare(explorer: Explorer) -> pd.DataFrame:
     explorer.wait(LONGEST_S)
     if not started or explorer.session is None or explorer.session.failure or explorer.session.stopped:
         raise MeasureError("nothing was compared", explorer.status.value, "correct the controls, and let it finish")
-    return table(explorer.rows, held)
+    return explorer.rows, held
+
+
+def pairs(rows: pd.DataFrame, held: list[int]) -> list[dict[str, Any]]:
+    """Rows of a system run (round, setting, step, value, unit) for each arm and every two rounds: the median gap of the
+    followed and of the held one, in ms, and the first over the second."""
+    found = []
+    for arm, own in _gaps(rows, held).groupby("arm", sort=False):
+        medians = own.groupby("round")["ms"].median()
+        for pair, at in enumerate(held):
+            quiet, seen = float(medians[at]), float(medians[at ^ 1])
+            found += [{"round": pair, "setting": arm, "step": step, "value": value, "unit": unit} for step, value, unit
+                      in (("followed", seen, "ms"), ("held", quiet, "ms"), ("followed / held", seen / quiet, "×"))]
+    return found
 
 
 def table(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
     """What `compare` returns, from rows of a session and the rounds that were held, one of every two."""
-    gaps = rows[(rows["metric"] == "itl") & (rows["round"] < 2 * len(held))]
+    gaps = _gaps(rows, held)
     quiet = gaps["round"].isin(held)
     found = []
     for arm in gaps["arm"].unique():
@@ -52,6 +72,10 @@ def table(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
                 line |= _named("ratio", stats.ratio(medians["followed"], medians["held"], paired=True))
             found.append(line)
     return pd.DataFrame(found, columns=COLUMNS)
+
+
+def _gaps(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
+    return rows[(rows["metric"] == "itl") & (rows["round"] < 2 * len(held))]
 
 
 def _named(label: str, found: stats.Estimate) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hybridlab import models, outlines
-from hybridlab.buckets import bucket_for, captured_ahead
+from hybridlab.buckets import bucket_for, captured_ahead, finite
 from hybridlab.cells import require_possible
 from hybridlab.client import Client
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
@@ -42,7 +42,7 @@ class Runtime:
                  capture: str = "async", cache_bytes: int | None = None, max_len: int | None = None,
                  fallback: str = "jit", process: str = "here", run_ahead: int = 0, **cache: Any) -> None:
         if isinstance(buckets, Iterable) and not isinstance(buckets, str):
-            buckets = tuple(buckets)
+            buckets = finite("buckets", buckets)
         self.config = build(RuntimeConfig, {
             "arm": arm, "policy": policy, "device": device, "dtype": dtype, "kernels": kernels, "buckets": buckets,
             "capture": capture, "cache_bytes": cache_bytes, "max_len": max_len, "fallback": fallback,
@@ -148,7 +148,7 @@ class Runtime:
     def _lengths(self, lengths: Iterable[int]) -> list[int]:
         """Checked lengths, each with room for one new token."""
         self._engine.require_open()
-        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+        lengths = list(finite("warm_up", lengths)) if isinstance(lengths, Iterable) else [lengths]
         for length in lengths:
             if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= self.max_len:
                 raise PromptError(f"a prompt length to warm up for is {length!r}",

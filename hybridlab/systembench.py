@@ -1,4 +1,5 @@
-"""`hybridlab system`: what serving costs beside latency, a cold start, memory, what observing and a second process add.
+"""`hybridlab system`: what serving costs beside latency: a cold start, memory, what observing, a second process and
+an Explorer add.
 
 What takes seconds to import is imported late: the command line reads its options here.
 """
@@ -37,7 +38,8 @@ def command(
     **coldstart**: a fresh process from its start to its first token and first replay, with the caches of compiled
     kernels as they are and empty. **memory**: weights, KV cache, each graph. **overhead**: what ranges for profilers
     and a row a token add to the time between two tokens. **ipc**: a message to a worker and back, the way of a token
-    from it, and first tokens and gaps through it beside those of the same engine here.
+    from it, and first tokens and gaps through it beside those of the same engine here. **watching**: gaps of requests
+    that an Explorer follows token by token, beside gaps of requests that say nothing before they are over.
     """
     with terminal.errors(debug):
         for name in part or ():

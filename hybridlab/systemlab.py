@@ -1,5 +1,5 @@
 """One config about what serving costs beside latency in, one recorded run out: cold start, memory, overhead, a
-second process."""
+second process, being watched."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import coldstart, crossing, experiment, models, records, stats
-from hybridlab.config import SystemConfig, as_dict, build
+from hybridlab import coldstart, crossing, experiment, looking, models, records, stats
+from hybridlab.config import POLICIES, SystemConfig, as_dict, build
 from hybridlab.errors import ConfigError, PromptError
+from hybridlab.explorer import Explorer
 from hybridlab.memory import memory
 from hybridlab.names import context
 from hybridlab.overhead import overhead
 from hybridlab.progress import Report, reporter
 from hybridlab.report import Grid, interval, number
 from hybridlab.runtime import Runtime
+
+WATCHED = 40  # rounds, every second one of which an Explorer follows
 
 Row = dict[str, Any]
 
@@ -63,6 +66,10 @@ class SystemResult(experiment.Shown):
         for line in self.table().to_dict("records"):
             if line["step"] == "share":
                 said.append(f"Observing a token costs {line['value']:.2g} % of the time between two.")
+            elif line["part"] == "watching" and line["unit"] == "×":
+                ends = "" if line["value_low"] is None else f" [{line['value_low']:.2f}, {line['value_high']:.2f}]"
+                said.append(f"A gap of {line['setting']} takes {line['value']:.2f}{ends} times as long while an "
+                            "Explorer follows it as unobserved.")
             elif line["unit"] == "×":
                 said.append(f"By the asker's clock a {line['step']} takes {line['value']:.3g} times as long through a "
                             "worker as here.")
@@ -98,6 +105,9 @@ def checked(config: SystemConfig | Mapping[str, Any]) -> SystemConfig:
     config = build(SystemConfig, as_dict(config) if isinstance(config, SystemConfig) else config)
     if len(set(config.parts)) != len(config.parts):
         raise ConfigError("parts holds a value twice", f"{list(config.parts)}", "each is measured once")
+    if "watching" in config.parts and config.policy not in POLICIES:
+        raise ConfigError("part watching does not know this policy", f"policy is {config.policy!r}",
+                          f"choose one that an Explorer lists: {', '.join(POLICIES)}; or leave the part out")
     tokens = context(config.model)
     if tokens is not None and max(config.lengths) + 64 > tokens:
         raise PromptError(f"a prompt of {max(config.lengths)} tokens and 64 new ones",
@@ -135,9 +145,20 @@ def _ipc(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
             yield rows
 
 
+def _watching(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
+    report("following an Explorer", 0, 1)
+    explorer = Explorer({"model": config.model, "arms": sorted({"eager", config.arm}), "policy": config.policy,
+                         "device": config.device, "dtype": config.dtype, "threads": config.threads,
+                         "seed": config.seed, "repeats": WATCHED, "floor": False})
+    try:
+        yield looking.pairs(*looking.watched(explorer))
+    finally:
+        explorer.close()
+
+
 def _runtime(config: SystemConfig, process: str = "here") -> Runtime:
     return Runtime(config.model, arm=config.arm, policy=config.policy, device=config.device, dtype=config.dtype,
                    capture="sync", max_len=max(config.lengths) + 64, process=process)
 
 
-PARTS = {"coldstart": _coldstart, "memory": _memory, "overhead": _overhead, "ipc": _ipc}
+PARTS = {"coldstart": _coldstart, "memory": _memory, "overhead": _overhead, "ipc": _ipc, "watching": _watching}

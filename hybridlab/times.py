@@ -11,20 +11,22 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybridlab import looks, plots, stats
+from hybridlab import limits, looks, plots, stats
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, choose
 
 PREDICTED, DASH = "#222222", 26  # colour, and width in px, of a predicted time
-COLUMNS = ["arm", "policy", "launches", "predicted_ms", "measured_ms", "low", "high", "n", "error"]
+COLUMNS = ["arm", "policy", "launches", "predicted_ms", "measured_ms", "low", "high", "n", "error", "limit_ms",
+           "of_limit"]
 
 
 def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """A row an arm and policy: what was predicted beside the median gap between tokens of one run.
 
-    `predicted` has columns arm, policy ("" for an arm that no policy changes), launches and predicted_ms; `rows` are
-    those of a run. low and high are the 95 % interval of measured_ms, missing where n does not allow one; error is
-    predicted_ms / measured_ms - 1. Raises `StatisticsError` for rows of several runs.
+    `predicted` is a table of `hybridlab.predict`; `rows` are those of a run. low and high are the 95 % interval of
+    measured_ms, missing where n does not allow one; error is predicted_ms / measured_ms - 1; limit_ms is the least that
+    the step's bytes and FLOPs allow on the machine, of_limit its share of measured_ms. Raises `StatisticsError` for
+    rows of several runs.
     """
     stats.one_run(rows)
     itl = rows[rows["metric"] == "itl"]
@@ -34,9 +36,10 @@ def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         if row.policy:
             own = own[own["policy"] == row.policy]
         found.append({"arm": row.arm, "policy": row.policy or None, "launches": row.launches,
-                      "predicted_ms": row.predicted_ms, **_median(own["ms"].tolist())})
+                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(own["ms"].tolist())})
     table = pd.DataFrame(found).reindex(columns=COLUMNS)
     table["error"] = stats.error(table["predicted_ms"], table["measured_ms"])
+    table["of_limit"] = table["limit_ms"] / table["measured_ms"]
     return table
 
 
@@ -78,8 +81,9 @@ class Times:
     """A panel of a table with a row an arm and policy.
 
     Columns: arm, policy (missing or "": the row counts for every policy), launches (a step, from the host),
-    predicted_ms and measured_ms (ms a token), low and high (95 % interval of measured_ms), n (gaps). All but arm and
-    policy may be absent or missing. Raises `ConfigError` for a table without these two, or an arm that there is not.
+    predicted_ms, measured_ms and limit_ms (ms a token), low and high (95 % interval of measured_ms), n (gaps). All but
+    arm and policy may be absent or missing. Raises `ConfigError` for a table without these two, or an arm that there is
+    not.
     """
 
     def __init__(self, table: pd.DataFrame, policies: Sequence[str]) -> None:
@@ -100,7 +104,8 @@ class Times:
         least, most = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
         sizes = f" of n = {least:,}{f' to {most:,}' if most != least else ''} gaps" if most else ""
         measured = f"; markers: measured medians{sizes}, bars: 95 % intervals" if self._has("measured_ms") else ""
-        return f"right: dashes: predicted{measured}"
+        limit = "; dotted: the least that bytes and FLOPs allow here" if self._has("limit_ms") else ""
+        return f"right: dashes: predicted{measured}{limit}"
 
     def draw(self, figure: go.Figure, policy: str) -> None:
         """Add the traces of one policy to the second pair of axes."""
@@ -112,6 +117,10 @@ class Times:
         for place, row in own:
             if pd.notna(row.measured_ms):
                 _measured(figure, place, row)
+        least = [(place, row.limit_ms) for place, row in own if pd.notna(row.limit_ms)]
+        figure.add_scatter(x=[place for place, _ in least], y=[ms for _, ms in least], xaxis="x2", yaxis="y2",
+                           mode="lines", showlegend=False, line={"color": limits.INK, "width": 1.5, "dash": "dot"},
+                           hovertemplate="limit: %{y:.3g} ms<extra></extra>")
 
     def axes(self, figure: go.Figure, policy: str, share: float) -> None:
         """Two pairs of axes side by side, the left one `share` of the width; one scale for all policies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -359,3 +360,11 @@ def test_a_model_in_training_mode_is_served_in_eval_mode() -> None:
     with hl.Runtime(model, arm="eager") as runtime:
         assert runtime.generate([5, 6, 7], max_new_tokens=10, stop=[]).ids == want
     assert model.training
+
+
+def test_lengths_without_end_are_refused(runtimes: dict[str, hl.Runtime]) -> None:
+    """A call that reads an iterator until it ends, and never returns."""
+    with pytest.raises(ConfigError, match=r"warm_up has 1,048,576 lengths or more"):
+        runtimes["graph"].warm_up(itertools.count(1))
+    with pytest.raises(ConfigError, match="buckets has"):
+        hl.Runtime(runtimes["graph"].model, arm="graph", buckets=itertools.count(16))

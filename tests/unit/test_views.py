@@ -261,6 +261,20 @@ def test_a_table_that_is_none_is_refused():
         views.policies(PLANS, table(arm=HOSTILE))
 
 
+def test_the_limit_is_a_line_under_the_times_of_the_policy_shown():
+    """Without it a time is near to nothing; that of another policy would not move with the button."""
+    limit = [0.2, 0.3, 0.4, 0.2, 0.5, 0.3, 0.4]
+    figure = views.policies(PLANS, table(limit_ms=limit))
+    assert [list(y) for y in dotted(figure)] == [[0.2, 0.2, 0.5]]  # piecewise: eager, jit, hybrid
+    assert "dotted: the least" in json.dumps(figure.to_dict()["layout"], default=list)
+    assert not any(dotted(views.policies(PLANS, table())))
+
+
+def dotted(figure):
+    return [trace.y for trace in figure.data
+            if trace.type == "scatter" and trace.line.dash == "dot" and trace.visible is not False]
+
+
 # ---- prediction beside measurement ----------------------------------------------------------------------------------
 
 def measured(gaps=31):
@@ -272,7 +286,7 @@ def measured(gaps=31):
 
 
 PREDICTED = pd.DataFrame({"arm": ["eager", "hybrid", "hybrid"], "policy": ["", "whole", "full"],
-                          "launches": [170, 3, 1], "predicted_ms": [1.0, 1.015, 0.6]})
+                          "launches": [170, 3, 1], "predicted_ms": [1.0, 1.015, 0.6], "floor_ms": [0.2, 0.2, 0.2]})
 
 
 def test_a_prediction_stands_beside_the_measurement_of_its_arm_and_policy():
@@ -281,6 +295,8 @@ def test_a_prediction_stands_beside_the_measurement_of_its_arm_and_policy():
     assert found["measured_ms"].tolist() == pytest.approx([2.015, 1.015, 0.515])
     assert found["error"].tolist() == pytest.approx([1.0 / 2.015 - 1, 0.0, 0.6 / 0.515 - 1])
     assert found["n"].tolist() == [31, 31, 31]
+    assert found["limit_ms"].tolist() == [0.2, 0.2, 0.2]
+    assert found["of_limit"].tolist() == pytest.approx([0.2 / 2.015, 0.2 / 1.015, 0.2 / 0.515])
     assert (found["low"] < found["measured_ms"]).all()
     one = measured().query("arm != 'hybrid full'").replace({"arm": {"hybrid whole": "hybrid"}})  # a run of one policy
     assert times.side_by_side(PREDICTED, one)["measured_ms"].tolist()[:2] == pytest.approx([2.015, 1.015])
