@@ -134,14 +134,10 @@ def run(config: CacheConfig | Mapping[str, Any], root: Path | str | None = None,
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         lab = Lab(model, config, report)
-        with experiment.threads(config.threads, on_cpu=next(model.parameters()).device.type == "cpu"):
-            target = records.Run.create(config, Path(root) if root is not None else None)
-            try:
-                target.finish("complete", extra=lab.record(target))
-                report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
-            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-                experiment.fail(target, error)
-                raise
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target:
+            target.finish("complete", extra=lab.record(target))
+            report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
     return CacheResult.open(target.path)
 
 

@@ -142,26 +142,15 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         names.require_fit(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         prompts = measure.prompts(model, config.lengths, config.seed)
         device = models.resolve_device(config.device)
-        with threads(config.threads, on_cpu=device.type == "cpu"):
-            target = records.Run.create(config, Path(root) if root is not None else None)
-            try:
-                extra = _measure(model, device, prompts, config, target, report, process)
-                target.finish("complete", extra=extra)
-            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-                fail(target, error)
-                raise
+        with threads(config.threads, on_cpu=device.type == "cpu"), recording(config, root) as target:
+            extra = _measure(model, device, prompts, config, target, report, process)
+            target.finish("complete", extra=extra)
     return Result.open(target.path)
 
 
 def _restarted(config: RunConfig, root: Path | str | None, progress: bool) -> Result:
-    target = records.Run.create(config, Path(root) if root is not None else None)
-    try:
-        with reporter(progress) as report:
-            extra = restarts.collect(config, target, report)
-        target.finish("complete", extra=extra)
-    except BaseException as error:
-        fail(target, error)
-        raise
+    with reporter(progress) as report, recording(config, root) as target:
+        target.finish("complete", extra=restarts.collect(config, target, report))
     return Result.open(target.path)
 
 
@@ -231,12 +220,20 @@ def _check_undisturbed(rows: list[measure.Row]) -> None:
                            "such times are no latencies; raise warmup, and report this if it stays")
 
 
-def fail(target: records.Run, error: BaseException) -> None:
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+@contextlib.contextmanager
+def recording(config: records.Config, root: Path | str | None) -> Iterator[records.Run]:
+    """A new run under `root` (None: the default place), which the block finishes. Where anything goes wrong, Ctrl-C
+    included, the run is marked failed with the rows so far, so that it does not look unfinished forever."""
+    target = records.Run.create(config, Path(root) if root is not None else None)
     try:
-        target.finish("failed", reason)
-    except Exception as second:  # a full disk, say: without a manifest the run counts as incomplete, never as complete
-        error.add_note(f"the run could not be marked failed: {second}")
+        yield target
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        try:
+            target.finish("failed", reason)
+        except Exception as second:  # a full disk, say: without a manifest it counts as incomplete, never as complete
+            error.add_note(f"the run could not be marked failed: {second}")
+        raise
 
 
 @contextlib.contextmanager

@@ -63,20 +63,16 @@ def run(config: BenchConfig | Mapping[str, Any], root: Path | str | None = None,
     named in the reason of a run that is then marked failed; the rows of all others are kept, also after Ctrl-C.
     """
     checked = plan(config)
-    from hybridlab import experiment, records
+    from hybridlab import experiment
     from hybridlab.kernellab import KernelResult, Lab
 
     with (reporter(progress) as report,
-          experiment.threads(checked.config.threads, on_cpu=checked.device.type == "cpu")):
-        target = records.Run.create(checked.config, Path(root) if root is not None else None)
-        try:
-            failed = Lab(checked, target, report).record()
-            reason = f"{len(failed)} could not be timed: {'; '.join(failed)}" if failed else ""
-            status = target.finish("failed" if failed else "complete", reason)
-            report(f"run {target.path.name}: {status}", 1, 1)  # what stays in a notebook
-        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-            experiment.fail(target, error)
-            raise
+          experiment.threads(checked.config.threads, on_cpu=checked.device.type == "cpu"),
+          experiment.recording(checked.config, root) as target):
+        failed = Lab(checked, target, report).record()
+        reason = f"{len(failed)} could not be timed: {'; '.join(failed)}" if failed else ""
+        status = target.finish("failed" if failed else "complete", reason)
+        report(f"run {target.path.name}: {status}", 1, 1)  # what stays in a notebook
     return KernelResult.open(target.path)
 
 

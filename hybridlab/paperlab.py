@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables, records
+from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
 from hybridlab.paperconfig import PaperConfig
@@ -74,17 +74,13 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
         report(f"loading {config.model}", 0, 1)
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         arms = Arms(model, config, report)
-        with experiment.threads(config.threads, on_cpu=model.device.type == "cpu"):
-            target = records.Run.create(config, Path(root) if root is not None else None)
-            try:
-                target.append(arms.clipped)
-                for rows in _parts(arms):
-                    target.append(rows)
-                target.finish("complete")
-                report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
-            except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-                experiment.fail(target, error)
-                raise
+        on_cpu = model.device.type == "cpu"
+        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target:
+            target.append(arms.clipped)
+            for rows in _parts(arms):
+                target.append(rows)
+            target.finish("complete")
+            report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
     return PaperResult.open(target.path)
 
 

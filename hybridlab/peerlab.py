@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import experiment, measure, models, names, outlines, peerwords, records, report, roofline, stats
+from hybridlab import experiment, measure, models, names, outlines, peerwords, report, roofline, stats
 from hybridlab.cells import cells, require_possible
 from hybridlab.children import tied
 from hybridlab.config import RuntimeConfig, as_dict, build, policy_name
@@ -85,18 +85,14 @@ def run(config: PeersConfig | Mapping[str, Any], *, root: Path | str | None = No
     config = checked(config)
     bare = outlines.outline(config.model, device=config.device, dtype=config.dtype)
     prompts = measure.prompts(bare, config.lengths, config.seed)
-    with reporter(progress) as said, tempfile.TemporaryDirectory(prefix="hybridlab-") as scratch:
-        target = records.Run.create(config, Path(root) if root is not None else None)
-        try:
-            max_len = _rows_held(config, models.context(bare))
-            with Comparison(config, prompts, max_len, Path(scratch), said) as comparison:
-                comparison.start()
-                for rows in comparison.rounds():
-                    target.append(rows)
-            target.finish("complete", extra=comparison.extra)
-        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-            experiment.fail(target, error)
-            raise
+    with (reporter(progress) as said, tempfile.TemporaryDirectory(prefix="hybridlab-") as scratch,
+          experiment.recording(config, root) as target):
+        max_len = _rows_held(config, models.context(bare))
+        with Comparison(config, prompts, max_len, Path(scratch), said) as comparison:
+            comparison.start()
+            for rows in comparison.rounds():
+                target.append(rows)
+        target.finish("complete", extra=comparison.extra)
     return PeersResult.open(target.path)
 
 

@@ -91,20 +91,15 @@ def run(config: SoakConfig | Mapping[str, Any], *, root: Path | str | None = Non
     config = build(SoakConfig, as_dict(config) if isinstance(config, SoakConfig) else config)
     workload.require_known(config.trace)
     buckets = keys(config)
-    with reporter(progress) as report:
-        target = records.Run.create(config, Path(root) if root is not None else None)
-        try:
-            before = _children()
-            with experiment.threads(1, on_cpu=True), _Soak(config, buckets) as soak:
-                for rows in soak.rows(report):
-                    target.append(rows)
-            problems = verdict(records.read(target.path).rows)
-            if left := _children() - before:
-                problems.append(f"{len(left)} processes were left behind")
-            target.finish("failed" if problems else "complete", "; ".join(problems))
-        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-            experiment.fail(target, error)
-            raise
+    with reporter(progress) as report, experiment.recording(config, root) as target:
+        before = _children()
+        with experiment.threads(1, on_cpu=True), _Soak(config, buckets) as soak:
+            for rows in soak.rows(report):
+                target.append(rows)
+        problems = verdict(records.read(target.path).rows)
+        if left := _children() - before:
+            problems.append(f"{len(left)} processes were left behind")
+        target.finish("failed" if problems else "complete", "; ".join(problems))
     return SoakResult.open(target.path)
 
 

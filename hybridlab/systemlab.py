@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import coldstart, crossing, experiment, looking, models, records, stats
+from hybridlab import coldstart, crossing, experiment, looking, models, stats
 from hybridlab.config import POLICIES, SystemConfig, as_dict, build
 from hybridlab.errors import ConfigError, PromptError
 from hybridlab.explorer import Explorer
@@ -87,16 +87,11 @@ def run(config: SystemConfig | Mapping[str, Any], *, root: Path | str | None = N
     leaves a run that is marked failed, with the rows so far.
     """
     config = checked(config)
-    with reporter(progress) as report:
-        target = records.Run.create(config, Path(root) if root is not None else None)
-        try:
-            for part in config.parts:
-                for rows in PARTS[part](config, report):
-                    target.append([{"part": part, **row} for row in rows])
-            target.finish("complete")
-        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-            experiment.fail(target, error)
-            raise
+    with reporter(progress) as report, experiment.recording(config, root) as target:
+        for part in config.parts:
+            for rows in PARTS[part](config, report):
+                target.append([{"part": part, **row} for row in rows])
+        target.finish("complete")
     return SystemResult.open(target.path)
 
 

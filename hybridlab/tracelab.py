@@ -28,7 +28,6 @@ from hybridlab import (
     paths,
     perfetto,
     ranges,
-    records,
     tracetables,
 )
 from hybridlab.config import TraceConfig, as_dict, build
@@ -91,19 +90,14 @@ def run(config: TraceConfig | Mapping[str, Any], *, root: Path | str | None = No
     """
     config = checked(config)
     tool = choose_tool(config)
-    with reporter(progress) as report:
-        target = records.Run.create(config, Path(root) if root is not None else None)
-        try:
-            traces: dict[str, pd.DataFrame] = {}
-            for name, trace in _traced(config, tool, target.path, report):
-                target.append(_rows(name, trace))
-                traces[name] = trace
-            perfetto.write(traces, target.path / EXPORT)
-            target.finish("complete", extra={"tool": tool})
-            report(f"run {target.path.name}: complete", 1, 1)
-        except BaseException as error:  # KeyboardInterrupt too: the run must not look unfinished forever
-            experiment.fail(target, error)
-            raise
+    with reporter(progress) as report, experiment.recording(config, root) as target:
+        traces: dict[str, pd.DataFrame] = {}
+        for name, trace in _traced(config, tool, target.path, report):
+            target.append(_rows(name, trace))
+            traces[name] = trace
+        perfetto.write(traces, target.path / EXPORT)
+        target.finish("complete", extra={"tool": tool})
+        report(f"run {target.path.name}: complete", 1, 1)
     return TraceResult.open(target.path)
 
 

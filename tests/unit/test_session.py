@@ -155,7 +155,7 @@ def test_stop_ends_it_at_once_with_all_that_it_started(fake: Callable[[str], Ses
     assert len(family) == 2
     started = time.monotonic()
     made.stop()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5  # FOREVER would not end
     assert (made.stopped, made.failure) == (True, "")
     wait_for(lambda: not any(alive(each.pid) for each in family))
     made.stop()
