@@ -26,12 +26,12 @@ def capture_on_the_foreground(rows: pd.DataFrame) -> str:
         return missing
     own = tallies.part(rows, "disturb")
     gaps = own[own["metric"] == "itl"]
-    quiet = gaps.loc[gaps["setting"] == "quiet", "ms"]
+    quiet = gaps[gaps["setting"] == "quiet"]
     words = [f"Without captures a gap was {_median(quiet)} (n = {len(quiet):,})"]
     for way in tallies.settings(gaps):
-        busy = gaps.loc[(gaps["setting"] == way) & gaps["capturing"].astype(bool), "ms"]
+        busy = gaps[(gaps["setting"] == way) & gaps["capturing"].astype(bool)]
         if way != "quiet":
-            longest = f", {busy.max():.3g} ms at the longest" if len(busy) else ""
+            longest = f", {busy['ms'].max():.3g} ms at the longest" if len(busy) else ""
             words.append(f"{way}: {_median(busy)} while one was under way{_times(quiet, busy)}{longest} "
                          f"(n = {len(busy):,})")
     usable = own[(own["metric"] == "capture") & (own["failures"] == 0)].groupby("setting")["ms"].median()
@@ -72,7 +72,7 @@ def exact_or_buckets(rows: pd.DataFrame) -> str:
         padding = f", {100 * (1 - real):.3g} % of replayed rows padding" if len(replayed) else ""
         peak = own.groupby("round")[["graphs", "graph_bytes"]].max().median()
         words.append(f"{name}: {_percent(own['hit'])} replayed{padding}, {peak['graphs']:.0f} graphs in "
-                     f"{_bytes(peak['graph_bytes'])}, first token {_median(own['ms'])}")
+                     f"{_bytes(peak['graph_bytes'])}, first token {_median(own)}")
     exact = any("buckets=exact" in name for name in tallies.settings(table))
     more = _same_lengths(table) if exact else (
         " Exact lengths are not in these rows: add {'buckets': 'exact'} to compare.")
@@ -142,8 +142,8 @@ def trace_dependence(rows: pd.DataFrame) -> str:
     for name in tallies.settings(table):
         own = table[table["setting"] == name]
         cold, late = own[own["request"] < first], own[own["request"] >= half]
-        words.append(f"{name}: {_percent(cold['hit'])} replayed and {_median(cold['ms'])} in the first {first}, "
-                     f"{_percent(late['hit'])} and {_median(late['ms'])} in the second half")
+        words.append(f"{name}: {_percent(cold['hit'])} replayed and {_median(cold)} in the first {first}, "
+                     f"{_percent(late['hit'])} and {_median(late)} in the second half")
     return _lines(words) + " Another trace, or another size of the cache, is another run or entry of compare."
 
 
@@ -195,21 +195,18 @@ def _hidden(rows: pd.DataFrame) -> str:
     return f" Of a first token by JIT a replay saves {shares} tokens{ends}."
 
 
-def _median(sample: pd.Series) -> str:
-    if sample.empty:
+def _median(own: pd.DataFrame) -> str:
+    if own.empty:
         return "not measured"
-    if len(sample) < stats.needed(0.5):
-        return f"{sample.median():.3g} ms"
-    sure = stats.quantile(sample, 0.5)
-    tail = f", p99 {stats.quantile(sample, 0.99).value:.3g} ms" if len(sample) >= stats.needed(0.99) else ""
-    return f"{sure.value:.3g} ms [{sure.low:.3g}, {sure.high:.3g}]{tail}"
+    sure, tail = stats.of(own, 0.5), stats.of(own, 0.99)
+    if sure is None:
+        return f"{own['ms'].median():.3g} ms"
+    return f"{sure.value:.3g} ms [{sure.low:.3g}, {sure.high:.3g}]" + (f", p99 {tail.value:.3g} ms" if tail else "")
 
 
-def _times(quiet: pd.Series, busy: pd.Series) -> str:
-    if min(len(quiet), len(busy)) < stats.needed(0.5):
-        return ""
-    found = stats.ratio(quiet, busy)
-    return f", {found.value:.3g} times as long [{found.low:.3g}, {found.high:.3g}]"
+def _times(quiet: pd.DataFrame, busy: pd.DataFrame) -> str:
+    found = stats.against(quiet, busy, like=())
+    return f", {found.value:.3g} times as long [{found.low:.3g}, {found.high:.3g}]" if found else ""
 
 
 def _rate(failed: int, tried: int) -> str:

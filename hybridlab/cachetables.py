@@ -26,9 +26,10 @@ def grid(lines: Sequence[dict[str, Any]], caption: str) -> Grid:
              number(line["after_mean"]), _captures(line), number(line["capture_ms"]),
              f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"] for line in lines]
     return Grid(f"Graph cache · {caption}", header, rows,
-                "Each pass begins with a cold cache; 95 % intervals, of a mean over passes; hit rate: first tokens "
-                "whose graph was there; after: from a last token until the runtime is free; captures and the time "
-                f"of capturing are of one pass; p99 only where n ≥ {stats.needed(0.99)}."
+                "Each pass begins with a cold cache; 95 % intervals, of a mean over passes, of gaps over requests; hit "
+                "rate: first tokens whose graph was there; after: from a last token until the runtime is free; "
+                "captures and the time of capturing are of one pass; p99 only where it has one, from n = "
+                f"{stats.needed(0.99)} on."
                 + f" {LIMIT}; medians over the rows, each with its own floor." * limited)
 
 
@@ -37,9 +38,9 @@ def of_setting(own: pd.DataFrame, floors: pd.DataFrame | None) -> dict[str, Any]
     first, gaps, passes = own[own["metric"] == "ttft"], own[own["metric"] == "itl"], own.groupby("round")
     average, low, high = mean(first)
     line: dict[str, Any] = {"requests": len(first), "ttft_mean": average, "ttft_mean_low": low, "ttft_mean_high": high}
-    for metric, values in (("ttft", first["ms"]), ("itl", gaps["ms"])):
+    for metric, rows in (("ttft", first), ("itl", gaps)):
         for name, q in ((f"{metric}_p50", 0.5), (f"{metric}_p99", 0.99)):
-            line |= _three(name, stats.quantile(values, q) if len(values) >= stats.needed(q) else None)
+            line |= _three(name, stats.of(rows, q))
         placed = own[own["metric"] == metric].assign(position=own["prompt_tokens"] + own["index"])
         line |= {f"{metric}_{name}": value for name, value in limits.cells(placed, floors).items()}
     line |= {"hit_rate": float(((first["path"] == "graph") & (first["misses"] == 0)).mean()),

@@ -40,8 +40,7 @@ def floor(rows: pd.DataFrame, floors: pd.DataFrame) -> float | None:
 def share(rows: pd.DataFrame, floors: pd.DataFrame) -> Estimate | None:
     """The median, row by row, of the floor over the time, with its interval: 1 where the limit is reached; None where
     there are too few."""
-    found = (of_rows(rows, floors) / rows["ms"]).dropna()
-    return stats.quantile(found, 0.5) if len(found) >= stats.needed(0.5) else None
+    return stats.of(rows.assign(share=of_rows(rows, floors) / rows["ms"]).dropna(subset="share"), 0.5, "share")
 
 
 def cells(rows: pd.DataFrame, floors: pd.DataFrame | None) -> dict[str, float | None]:

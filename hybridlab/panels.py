@@ -67,14 +67,15 @@ def switch(figure: go.Figure, owners: Sequence[str], layouts: Mapping[str, Mappi
                 for name, layout in layouts.items()]}])
 
 
-def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[str, Look], number: int, what: str,
+def tails(figure: go.Figure, samples: Mapping[str, pd.DataFrame], looks: Mapping[str, Look], number: int, what: str,
            span: tuple[float, float, int] | None = None) -> None:
-    """A panel of distributions: the share of values that is larger, with p50 and p99 where n allows them.
+    """A panel of distributions: the share of values that is larger, with p50 and p99 where they have intervals.
+    `samples`: rows by name, values in ms.
 
     `span`: smallest and largest value, and size of the largest sample, of all panels that stand side by side.
     """
     for name, look in looks.items():
-        values = np.sort(samples[name].to_numpy(float)) if name in samples else np.empty(0)
+        values = np.sort(samples[name]["ms"].to_numpy(float)) if name in samples else np.empty(0)
         if not len(values):
             continue
         kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), POINTS)).round().astype(int))
@@ -82,8 +83,7 @@ def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[st
         line(figure, values[kept].tolist(), (100 * (1 - kept / len(values))).tolist(), look, name, number,
               "%{y:.3g} % take %{x:.3g} ms or longer", listed=new)
         for q in (0.5, 0.99):
-            if len(values) >= stats.needed(q):
-                sure = stats.quantile(values, q)
+            if (sure := stats.of(samples[name], q)) is not None:
                 figure.add_scatter(
                     x=[sure.value], y=[100 * (1 - q)], mode="markers", showlegend=False, legendgroup=plots.escape(name),
                     xaxis=f"x{no(number)}", yaxis=f"y{no(number)}",
@@ -91,7 +91,7 @@ def tails(figure: go.Figure, samples: Mapping[str, pd.Series], looks: Mapping[st
                     error_x=plots.bars([sure.value], [sure.low], [sure.high], look.colour),
                     hovertemplate=f"{plots.escape(name)} p{100 * q:g}: %{{x:.3g}} ms [{sure.low:.3g}, "
                                   f"{sure.high:.3g}], n = {sure.n:,}<extra></extra>")
-    every = np.concatenate(list(samples.values()))
+    every = np.concatenate([own["ms"] for own in samples.values()])
     low, high, most = span or (every.min(), every.max(), max(map(len, samples.values())))
     end = no(number)
     figure.update_layout({f"xaxis{end}": {"title": {"text": f"{what} (ms, logarithmic)"}, **log(low, high)},

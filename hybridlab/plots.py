@@ -53,8 +53,8 @@ def itl_by_arm(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = N
                            **looks.legend(arm),
                            hovertemplate=f"{arm}: %{{y:.3g}} % take %{{x:.3g}} ms or longer<extra></extra>")
         for q in (0.5, 0.99):
-            if len(sample) >= stats.needed(q):
-                _mark(figure, arm, stats.quantile(sample, q), q)
+            if (found := stats.of(own[own["arm"] == arm], q)) is not None:
+                _mark(figure, arm, found, q)
     least = 100 / own.groupby("arm").size().max()
     times = [float(own["ms"].min()), float(own["ms"].max()), *limits.upright(figure, own, floors, least * 0.8, 120)]
     _log_axis(figure.update_xaxes, "gap between two tokens (ms, logarithmic)", min(times), max(times), (1, 2, 5))
@@ -76,8 +76,8 @@ def itl_by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | Non
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
                            marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm), hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
-        bins = sorted(((float(part["position"].median()), stats.quantile(part["ms"], 0.5)) for part in groups
-                       if len(part) >= MEDIAN_NEEDS), key=lambda found: found[0])
+        bins = sorted(((float(part["position"].median()), found) for part in groups
+                       if (found := stats.of(part, 0.5)) is not None), key=lambda found: found[0])
         _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
     figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")
     figure.update_yaxes(title_text="gap between two tokens (ms)", range=[0, top])
@@ -191,8 +191,8 @@ def _ttft(figure: go.Figure, own: pd.DataFrame) -> None:
     top = 0.0
     for arm in _arms(own):
         mine = own[own["arm"] == arm]
-        cells = [(int(length), part["ms"]) for length, part in mine.groupby("prompt_tokens")]
-        known = [(length, stats.quantile(ms, 0.5)) for length, ms in cells if len(ms) >= MEDIAN_NEEDS]
+        cells = [(int(length), stats.of(part, 0.5)) for length, part in mine.groupby("prompt_tokens")]
+        known = [(length, found) for length, found in cells if found is not None]
         if known:
             _line(figure, arm, [x for x, _ in known], [estimate for _, estimate in known], "%{x} prompt tokens")
         else:  # too few for a median with an interval: show what there is, value by value

@@ -72,7 +72,8 @@ def ablation(result: Result) -> Grid:
     header = ["arm", *(f"{name}{word}" for metric in METRICS for name, words in (
         (f"{metric.upper()} ", ["p50, ms", "p99, ms"]), ("", ["× eager", *more])) for word in words)]
     return Grid(f"Ablation · {result.caption}", header, rows,
-                f"All prompt lengths pooled; 95 % intervals; p99 only where n ≥ {needed(0.99)}; "
+                "All prompt lengths pooled; 95 % intervals, those of gaps over requests; p99 only where it has one, "
+                f"from n = {needed(0.99)} on; "
                 "× eager is how many times faster than eager in the same interleaved run."
                 + f" {LIMIT}; both columns hold medians over the rows, each with its own floor." * limited)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from hybridlab import limits, stats, steadiness, tails
@@ -70,10 +69,10 @@ def clocks(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFra
     for (arm, metric), own in known.groupby(["arm", "metric"], sort=False):
         if len(own) < stats.needed(0.5):
             continue
-        device, client = (own[name].astype(float).dropna() for name in ("device_ms", "client_ms"))
-        lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", own["ms"])
-                     | _three("device_ms", device) | _three("beside_ms", (own["ms"] - device).dropna())
-                     | _three("client_ms", client) | _three("beyond_ms", (client - own["ms"]).dropna())
+        both = own.assign(**{name: own[name].astype(float) for name in ("device_ms", "client_ms")})
+        both = both.assign(beside_ms=both["ms"] - both["device_ms"], beyond_ms=both["client_ms"] - both["ms"])
+        lines.append({"arm": arm, "metric": metric, "n": len(own)} | _three("ms", both) | _three("device_ms", both)
+                     | _three("beside_ms", both) | _three("client_ms", both) | _three("beyond_ms", both)
                      | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
@@ -97,7 +96,7 @@ def quantiles(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.Data
     for (arm, metric, length), own in rows.groupby(list(CELL), sort=False):
         line: dict[str, Any] = {"arm": arm, "metric": metric, "prompt_tokens": length, "n": len(own)}
         for q in QUANTILES:
-            line |= _three(f"p{100 * q:g}", own["ms"], q)
+            line |= _three("ms", own, q, f"p{100 * q:g}")
         lines.append(line | {"max": float(own["ms"].max())} | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
@@ -113,8 +112,8 @@ def by_generation(rows: pd.DataFrame, lengths: Sequence[int] = GENERATED,
     for length in lengths:
         for arm, own in gaps[gaps["index"] < length].groupby("arm", sort=False):
             if int(own["index"].max()) == length - 1:
-                lines.append({"arm": arm, "new_tokens": length, "n": len(own)} | _three("p50", own["ms"])
-                             | _three("p99", own["ms"], 0.99) | limits.cells(own, floors))
+                lines.append({"arm": arm, "new_tokens": length, "n": len(own)} | _three("ms", own, 0.5, "p50")
+                             | _three("ms", own, 0.99, "p99") | limits.cells(own, floors))
     return pd.DataFrame(lines, dtype=object)
 
 
@@ -124,12 +123,10 @@ def _groups(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> Iterator[tuple[s
         yield str(arm), str(metric), own
 
 
-def _three(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]:
-    sample = np.asarray(values, dtype=float)
-    if len(sample) < stats.needed(q):
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    found = stats.quantile(sample, q)
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+def _three(column: str, rows: pd.DataFrame, q: float = 0.5, name: str = "") -> dict[str, float | None]:
+    found, name = stats.of(rows.dropna(subset=column), q, column), name or column
+    value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def steady_grid(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:

@@ -1,26 +1,33 @@
 """Quantiles and ratios with their intervals; refuses what a sample is too small to say.
 
-Intervals are exact for independent samples (order statistics, binomial). Gaps of one request follow each other, so
-their intervals are a lower bound of the real uncertainty; rounds are what repeats.
+Intervals of independent values are exact (order statistics, binomial). Gaps of one request are alike, so that an
+interval of gaps is one over requests: see `grouped`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
+from hybridlab import grouped
 from hybridlab.errors import StatisticsError
+from hybridlab.grouped import BATCH_VALUES, RESAMPLES, Floats, Groups
 
-RESAMPLES = 1999
-BATCH_VALUES = 2_000_000  # values held at once while resampling, about 16 MB
-PAIR = ["round", "prompt_tokens", "index"]  # what two arms of one run share
+PAIR = ("round", "prompt_tokens", "index")  # what two arms of one run share; the first ones tell requests apart
+
+
+def _p99(values: Floats, axis: int = -1) -> Any:
+    return np.quantile(values, 0.99, axis=axis)
+
+
+REDUCE: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median, "p99": _p99}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +50,12 @@ def needed(q: float, confidence: float = 0.95) -> int:
     return math.ceil(math.log((1 - confidence) / 2) / math.log(max(q, 1 - q)))
 
 
-def quantile(sample: ArrayLike, q: float, confidence: float = 0.95) -> Estimate:
-    """Quantile `q` of the sample with its exact interval, in the unit of the sample.
+def quantile(sample: ArrayLike, q: float, confidence: float = 0.95, groups: Groups | None = None) -> Estimate:
+    """Quantile `q` of the sample with its interval, in the unit of the sample: exact for independent values; with
+    `groups`, the number of the group that each value belongs to, as `grouped.bounds` has it.
 
-    Raises: StatisticsError when the sample is too small for the interval (naming the n needed) or not finite.
+    Raises: StatisticsError when the sample is too small for the interval (naming the n needed), when groups are too few
+    or differ too much for it, or values are not finite.
     """
     values = _finite(sample)
     least = needed(q, confidence)
@@ -54,64 +63,101 @@ def quantile(sample: ArrayLike, q: float, confidence: float = 0.95) -> Estimate:
         raise StatisticsError(f"quantile {q:g} of {len(values)} values has no interval",
                               f"a two-sided {confidence:.0%} interval needs n >= {least}",
                               "measure more repeats or ask for a quantile nearer to the median")
-    interval = scipy_stats.quantile_test(values, p=q).confidence_interval(confidence)
-    low, high = float(interval.low), float(interval.high)
-    if not (math.isfinite(low) and math.isfinite(high)):  # the count above is computed in floats; never show NaN
-        raise StatisticsError(f"quantile {q:g} of {len(values)} values has no interval", "", "measure more repeats")
-    return Estimate(float(np.quantile(values, q)), low, high, len(values))
+    if groups is None:
+        interval = scipy_stats.quantile_test(values, p=q).confidence_interval(confidence)
+        ends = (float(interval.low), float(interval.high))
+    else:
+        _require_groups(groups, confidence)
+        ends = grouped.bounds(values, groups, q, confidence, least) or (math.nan, math.nan)
+    if not all(map(math.isfinite, ends)):  # the count above is computed in floats; never show NaN
+        raise StatisticsError(f"quantile {q:g} of {len(values)} values has no interval",
+                              "" if groups is None else f"they are of {_count(groups)} requests that differ too much",
+                              "measure more repeats")
+    return Estimate(float(np.quantile(values, q)), *ends, len(values))
 
 
-def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: int = 0, *,
-          paired: bool = False) -> Estimate:
+def of(rows: pd.DataFrame, q: float, column: str = "ms") -> Estimate | None:
+    """`quantile` of a column of rows, the values of a request taken as a group; None where it has no interval."""
+    try:
+        return quantile(rows[column], q, groups=grouped.requests(rows))
+    except StatisticsError:
+        if not np.isfinite(rows[column].to_numpy(float)).all():
+            raise
+        return None
+
+
+def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: int = 0, *, paired: bool = False,
+          groups: Groups | None = None, base_groups: Groups | None = None) -> Estimate:
     """median(base) / median(sample): how many times faster than `base` the sample is, with a bootstrap interval.
 
-    `paired` resamples both together, value by value: right when value i of both comes from the same round.
-    The interval is the percentile bootstrap of 1999 resamples drawn from `seed`. n counts the sample.
-    Raises: StatisticsError when either side is too small for an interval of its median, or a median is zero.
+    `paired` resamples both together, value by value: right when value i of both comes from the same round. The
+    interval is the percentile bootstrap of 1999 resamples drawn from `seed`; with groups, those of `base` only where
+    values are not paired, that of `grouped.compared`. n counts the sample. Raises: StatisticsError when either side is
+    too small for an interval of its median, or a median is zero.
     """
     values, bases = _finite(sample), _finite(base)
     smaller, least = min(len(values), len(bases)), needed(0.5, confidence)
     if smaller < least:
         raise StatisticsError(f"a ratio of medians of {smaller} values has no interval",
                               f"a two-sided {confidence:.0%} interval needs n >= {least}", "measure more repeats")
-    if paired and len(values) != len(bases):
-        raise StatisticsError("paired samples differ in length", f"{len(values)} and {len(bases)} values",
-                              "pair the values by round, or pass paired=False")
-    if values.min() <= 0:
-        raise StatisticsError("a ratio needs positive values", f"the smallest is {values.min():g}")
-    found = scipy_stats.bootstrap((values, bases), _median_ratio, paired=paired, vectorized=True, method="percentile",
-                                  n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // max(len(values), len(bases))),
-                                  confidence_level=confidence, rng=np.random.default_rng(seed))
-    interval = found.confidence_interval
-    return Estimate(float(_median_ratio(values, bases)), float(interval.low), float(interval.high), len(values))
+    if min(values.min(), bases.min()) <= 0:
+        raise StatisticsError("a ratio needs positive values", f"the smallest is {min(values.min(), bases.min()):g}")
+    found = _between(values, bases, "median", lambda one, other: other / one, confidence, seed, paired,
+                     (groups, base_groups))
+    return Estimate(float(np.median(bases) / np.median(values)), *found, len(values))
 
 
 def change(sample: ArrayLike, base: ArrayLike, statistic: str = "median", confidence: float = 0.95, seed: int = 0, *,
-           paired: bool = False) -> Estimate:
+           paired: bool = False, groups: Groups | None = None, base_groups: Groups | None = None) -> Estimate:
     """statistic(sample) / statistic(base) - 1, of "mean", "median" or "p99", with a bootstrap interval as `ratio` has:
     0.1 where the sample is ten per cent larger. n counts the sample. Raises: StatisticsError as `ratio`, and for a p99
-    of fewer values than its own interval would need."""
+    of values of which either side's own has no interval."""
     values, bases = _finite(sample), _finite(base)
-    reduce = {"mean": np.mean, "median": np.median, "p99": _p99}[statistic]
     smaller, least = min(len(values), len(bases)), needed(0.99 if statistic == "p99" else 0.5, confidence)
     if smaller < least:
         raise StatisticsError(f"a change of the {statistic} between {len(values)} and {len(bases)} values has no "
                               "interval", f"it needs n >= {least}", "measure more repeats")
+    if statistic == "p99":
+        for side, own in ((values, groups), (bases, groups if paired else base_groups)):
+            quantile(side, 0.99, confidence, own)
+    found = _between(values, bases, statistic, lambda one, other: one / other - 1, confidence, seed, paired,
+                     (groups, base_groups))
+    reduce = REDUCE[statistic]
+    return Estimate(float(reduce(values) / reduce(bases) - 1), *found, len(values))
+
+
+def _between(values: Floats, bases: Floats, statistic: str, combine: Any, confidence: float, seed: int, paired: bool,
+             groups: tuple[Groups | None, Groups | None]) -> tuple[float, float]:
+    """The interval of `combine` of the statistic of both samples."""
     if paired and len(values) != len(bases):
         raise StatisticsError("paired samples differ in length", f"{len(values)} and {len(bases)} values",
                               "pair the values by round, or pass paired=False")
+    own, others = groups
+    if own is not None or others is not None:
+        own = np.arange(len(values)) if own is None else own
+        others = None if paired else np.arange(len(bases)) if others is None else others
+        for each in filter(lambda side: side is not None, (own, others)):
+            _require_groups(each, confidence)
+        return grouped.compared(values, bases, own, others, statistic, combine, confidence, seed)
+    reduce = REDUCE[statistic]
 
-    def relative(one: NDArray[np.float64], other: NDArray[np.float64], axis: int = -1) -> Any:
-        return reduce(one, axis=axis) / reduce(other, axis=axis) - 1
+    def found(one: Floats, other: Floats, axis: int = -1) -> Any:
+        return combine(reduce(one, axis=axis), reduce(other, axis=axis))
 
-    found = scipy_stats.bootstrap((values, bases), relative, paired=paired, vectorized=True, method="percentile",
-                                  n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // max(len(values), len(bases))),
-                                  confidence_level=confidence, rng=np.random.default_rng(seed)).confidence_interval
-    return Estimate(float(relative(values, bases)), float(found.low), float(found.high), len(values))
+    interval = scipy_stats.bootstrap((values, bases), found, paired=paired, vectorized=True, method="percentile",
+                                     n_resamples=RESAMPLES, batch=max(1, BATCH_VALUES // max(len(values), len(bases))),
+                                     confidence_level=confidence, rng=np.random.default_rng(seed)).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
-def _p99(values: NDArray[np.float64], axis: int = -1) -> Any:
-    return np.quantile(values, 0.99, axis=axis)
+def _require_groups(groups: Groups, confidence: float) -> None:
+    if _count(groups) < (least := needed(0.5, confidence)):
+        raise StatisticsError(f"values of {_count(groups)} requests have no interval",
+                              f"it needs {least} requests or more", "measure more: the values of one are alike")
+
+
+def _count(groups: Groups) -> int:
+    return len(np.unique(groups))
 
 
 def error(predicted: Any, measured: Any) -> Any:
@@ -160,17 +206,22 @@ def one_run(rows: pd.DataFrame) -> None:
 def _line(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
     line: dict[str, Any] = {"n": len(own)}
     for name, q in (("p50", 0.5), ("p99", 0.99)):
-        estimate = quantile(own["ms"], q) if len(own) >= needed(q) else None
-        line |= dict(zip(_names(name), _three(estimate), strict=True))
-    both = own.merge(base, on=PAIR, suffixes=("", "_base"))
-    enough = min(len(own), len(base)) >= needed(0.5)
-    if not enough:
-        against = None
-    elif len(both) == len(own) == len(base):
-        against = ratio(both["ms"], both["ms_base"], paired=True)
-    else:
-        against = ratio(own["ms"], base["ms"])
-    return line | dict(zip(("ratio_to_eager", "ratio_low", "ratio_high"), _three(against), strict=True))
+        line |= dict(zip(_names(name), _three(of(own, q)), strict=True))
+    return line | dict(zip(("ratio_to_eager", "ratio_low", "ratio_high"), _three(against(own, base)), strict=True))
+
+
+def against(own: pd.DataFrame, base: pd.DataFrame, like: Sequence[str] = PAIR) -> Estimate | None:
+    """`ratio` of rows to those of a base, in pairs where each has its one like in the other, by the columns `like`
+    (none: no pairs); the values of a request taken as a group. None where it has no interval."""
+    groups, others = grouped.requests(own), grouped.requests(base)
+    counts = [len(side) if each is None else _count(each) for side, each in ((own, groups), (base, others))]
+    if min(counts) < needed(0.5):
+        return None
+    both = own.merge(base, on=list(like), suffixes=("", "_base")) if like else own.iloc[:0]
+    if len(both) == len(own) == len(base):
+        pairs = None if groups is None else both.groupby(list(like[:-1]), sort=False).ngroup().to_numpy(np.int64)
+        return ratio(both["ms"], both["ms_base"], paired=True, groups=pairs)
+    return ratio(own["ms"], base["ms"], groups=groups, base_groups=others)
 
 
 def _names(name: str) -> tuple[str, str, str]:
@@ -181,11 +232,7 @@ def _three(estimate: Estimate | None) -> tuple[float | None, float | None, float
     return (estimate.value, estimate.low, estimate.high) if estimate else (None, None, None)
 
 
-def _median_ratio(values: NDArray[np.float64], bases: NDArray[np.float64], axis: int = -1) -> Any:
-    return np.median(bases, axis=axis) / np.median(values, axis=axis)
-
-
-def _finite(sample: ArrayLike) -> NDArray[np.float64]:
+def _finite(sample: ArrayLike) -> Floats:
     values = np.asarray(sample, dtype=np.float64)
     if values.ndim != 1:
         raise StatisticsError("a sample is one-dimensional", f"shape {values.shape}")

@@ -107,7 +107,7 @@ def first_tokens(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None =
         tallies.sizes(table, "first tokens a setting")], 330)
     first, most = table.assign(metric="ttft"), int(table.groupby("setting").size().max())
     times = [*table["ms"], *limits.stands(first, floors)]
-    panels.tails(figure, {name: own["ms"] for name, own in table.groupby("setting")}, dict(
+    panels.tails(figure, dict(iter(table.groupby("setting"))), dict(
         zip(tallies.settings(table), LOOKS * len(table), strict=False)), 1, "time to first token",
         (min(times), max(times), most))
     limits.upright(figure, first, floors, *panels.shares(most))
@@ -168,7 +168,7 @@ def disturbed(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = No
     times, most = [*gaps["ms"], *limits.stands(placed, floors)], int(gaps.groupby("setting").size().max())
     for number, (side, words) in enumerate(zip(sides, ("while a capture is under way", "otherwise"), strict=True), 1):
         panels.axes(figure, number, [[0, 0.46], [0.56, 1]][number - 1], [0, 1])
-        panels.tails(figure, {name: cell["ms"] for name, cell in side.groupby("setting")}, names, number,
+        panels.tails(figure, dict(iter(side.groupby("setting"))), names, number,
                f"gap {words}", (min(times), max(times), most))
         limits.upright(figure, placed, floors, *panels.shares(most), panels.no(number))
     return panels.legend(figure)

@@ -36,18 +36,17 @@ def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         if row.policy:
             own = own[own["policy"] == row.policy]
         found.append({"arm": row.arm, "policy": row.policy or None, "launches": row.launches,
-                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(own["ms"].tolist())})
+                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(own)})
     table = pd.DataFrame(found).reindex(columns=COLUMNS)
     table["error"] = stats.error(table["predicted_ms"], table["measured_ms"])
     table["of_limit"] = table["limit_ms"] / table["measured_ms"]
     return table
 
 
-def _median(sample: list[float]) -> dict[str, Any]:
-    if len(sample) < plots.MEDIAN_NEEDS:
-        return {"measured_ms": float(pd.Series(sample, dtype=float).median()), "n": len(sample)}
-    estimate = stats.quantile(sample, 0.5)
-    return {"measured_ms": estimate.value, "low": estimate.low, "high": estimate.high, "n": len(sample)}
+def _median(own: pd.DataFrame) -> dict[str, Any]:
+    found = stats.of(own, 0.5)
+    ends = {} if found is None else {"low": found.low, "high": found.high}
+    return {"measured_ms": float(own["ms"].median()), "n": len(own), **ends}
 
 
 def reading(table: pd.DataFrame) -> str:

@@ -27,7 +27,7 @@ def reading(result: Result) -> str:
         ("itl", "between two tokens"), ("ttft", "to the first token, all prompt lengths pooled,"))]
     parts += [_limit(pooled), _paths(result.rows, list(cells(result.config)))]
     if pooled["p99"].isna().any():
-        parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on.")
+        parts.append(f"A p99 is shown from n = {stats.needed(0.99)} on, where requests agree enough for its interval.")
     parts += [_circumstances(result), soundness.words(result.rows)]
     if result.on_cpu:
         parts.append("These are CPU timings: a graph is a tape of the recorded calls here, so the ratios show what "

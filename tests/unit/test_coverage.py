@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from hybridlab import stats
+from hybridlab import grouped, stats
 
 RUNS = 2000
 WITHIN = 3.3 * np.sqrt(0.95 * 0.05 / RUNS)  # 1.6 %: what a count of RUNS stays within in 999 of 1000 sets of runs
@@ -81,3 +81,49 @@ def test_the_paired_ratio_errs_on_the_safe_side_where_arms_share_their_spread(mo
     0.99 and more for 40 rounds whose shared spread is three times the own. Safe, but it must not turn around."""
     monkeypatch.setattr(stats, "RESAMPLES", 399)
     assert covered(shared=0.3) >= 0.97
+
+
+REQUESTS, GAPS = 12, 31  # of a cell of a run with twelve requests of 32 tokens
+BY_REQUEST = np.repeat(np.arange(REQUESTS), GAPS)
+
+
+def alike(rng, spread=1.0):
+    """Gaps of requests each of which has a level of its own; their true median is 100."""
+    return (100 + spread * rng.normal(size=(REQUESTS, 1)) + rng.normal(size=(REQUESTS, GAPS))).ravel()
+
+
+def test_the_interval_of_gaps_covers_where_those_of_a_request_are_alike():
+    """Counted as independent, gaps of one request that fell into a slow mode are so many witnesses of one event."""
+    hits = np.zeros(2)
+    for seed in range(RUNS):
+        gaps = alike(np.random.default_rng(seed))
+        for place, groups in enumerate((BY_REQUEST, None)):
+            found = stats.quantile(gaps, 0.5, groups=groups)
+            hits[place] += found.low <= 100 <= found.high
+    by_request, as_if_independent = hits / RUNS
+    assert 0.93 <= by_request <= 0.97
+    assert as_if_independent < 0.6
+
+
+def test_the_ratio_of_gaps_covers_where_those_of_a_request_are_alike(monkeypatch):
+    """A percentile interval of twelve requests, drawn whole, would still be too narrow."""
+    monkeypatch.setattr(grouped, "RESAMPLES", 199)
+    hits = 0
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        found = stats.ratio(alike(rng), 2 * alike(rng), groups=BY_REQUEST, base_groups=BY_REQUEST, seed=seed)
+        hits += found.low <= 2 <= found.high
+    assert 0.93 <= hits / RUNS <= 0.975
+
+
+def test_the_paired_ratio_of_gaps_covers_where_a_round_slows_both_arms(monkeypatch):
+    """Too narrow, it would call what a round did to both arms a speed-up; what they share makes it err on the safe
+    side, as above."""
+    monkeypatch.setattr(grouped, "RESAMPLES", 199)
+    hits = 0
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        both = np.repeat(rng.normal(0, 3, REQUESTS), GAPS)
+        found = stats.ratio(alike(rng) + both, 2 * (alike(rng) + both), paired=True, groups=BY_REQUEST, seed=seed)
+        hits += found.low <= 2 <= found.high
+    assert hits / RUNS >= 0.93

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "hybridlab"
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress",
-     "collector", "pools"),
+     "collector", "pools", "grouped"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
      "tuning", "events", "children", "handover"),
     ("engines", "paperconfig", "published", "started"),

@@ -140,3 +140,56 @@ def test_the_summary_pairs_the_rounds_that_arms_share():
                       rows({"hybrid": (60, 1.0)}).assign(ms=drift)]).sample(frac=1, random_state=0)
     cell = stats.summary(both, arms=("hybrid",)).iloc[0]
     assert (cell["ratio_to_eager"], cell["ratio_low"], cell["ratio_high"]) == pytest.approx((2, 2, 2))
+
+
+def of_requests(levels, gaps=31, **columns):
+    """Rows of one arm whose request i has `gaps` equal gaps of levels[i] ms."""
+    cell = {"run_id": "a", "arm": "eager", "prompt_tokens": 10, "metric": "itl"}
+    return pd.DataFrame([cell | {"round": i, "request": 2 * i, "index": j, "ms": ms} | columns
+                         for i, ms in enumerate(levels) for j in range(1, gaps + 1)])
+
+
+def test_an_interval_of_gaps_is_as_wide_as_its_requests_differ():
+    """186 gaps of six requests of which two are slow: by gaps the slow ones are outside the interval for certain."""
+    gaps = of_requests([1.0, 1.0, 2.0, 1.0, 2.0, 1.0])
+    assert stats.of(gaps, 0.5) == stats.Estimate(1.0, 1.0, 2.0, 186)
+    assert stats.quantile(gaps["ms"], 0.5).high == 1.0
+    assert stats.of(gaps.assign(request=range(len(gaps))), 0.5).high == 1.0  # each its own
+
+
+def test_too_few_requests_have_no_interval_however_many_gaps():
+    """Five requests are five witnesses."""
+    assert stats.of(of_requests([1.0] * 5, gaps=1000), 0.5) is None
+    with pytest.raises(StatisticsError, match="5 requests"):
+        stats.quantile([1.0] * 500, 0.5, groups=np.repeat(np.arange(5), 100))
+    line = stats.summary(pd.concat([of_requests([1.0] * 5), of_requests([2.0] * 5, arm="jit")])).iloc[0]
+    assert (line["p50"], line["ratio_to_eager"]) == (None, None)
+
+
+def test_a_p99_that_hangs_on_one_request_has_no_interval():
+    """24 requests, one of which is slow: the p99 is that of one event, whatever its interval by gaps."""
+    steady = of_requests(np.linspace(1.0, 1.1, 24))
+    steady["ms"] += np.random.default_rng(0).exponential(1, len(steady))
+    assert stats.of(steady, 0.99) is not None
+    one = of_requests([1.0] * 23 + [9.0])
+    assert stats.of(one, 0.99) is None
+    with pytest.raises(StatisticsError, match="24 requests that differ too much"):
+        stats.change(one["ms"], one["ms"], "p99", groups=np.repeat(np.arange(24), 31), paired=True)
+
+
+def test_requests_are_told_apart_by_all_that_names_them():
+    """The third request of one pass, arm or process is not the third of another."""
+    one = of_requests([1.0] * 3)
+    for column in ("process", "part", "setting", "arm", "round"):
+        both = pd.concat([one.assign(**{column: "x"}), one.assign(**{column: "y"})])
+        assert len(np.unique(stats.grouped.requests(both))) == 6, column
+    assert stats.grouped.requests(one.assign(request=None)) is None
+    assert stats.grouped.requests(one.drop(columns="request")) is None
+
+
+def test_pairs_of_requests_of_unequal_length_count_what_is_there():
+    """A shorter request filled up with something would move the median."""
+    ragged = pd.concat([of_requests([1.0] * 6, gaps=31), of_requests([3.0] * 3, gaps=2, round=9)])
+    found = stats.against(ragged, ragged.assign(ms=ragged["ms"] * 2), like=())
+    assert (found.value, found.n) == (2.0, len(ragged))
+    assert found.low == found.high == 2.0
