@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
               "rotates by positions of kind 'dynamic'"),
 }
 PROMPTS = (1, 9, 64, 65, 130)  # within, on and past the edge of the first bucket, and across a window of 32
-BUCKETS, MAX_LEN, NEW = (64, 160), 192, 40
+BUCKETS, MAX_LEN, NEW = (64, 160), 192, 28
 ARMS = [("eager", "whole"), ("jit", "whole"),
         *((arm, policy) for arm in ("graph", "hybrid") for policy in ("piecewise", "whole", "full"))]
 
