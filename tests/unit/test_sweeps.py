@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -273,6 +274,15 @@ def test_a_sweep_is_not_finished_on_another_version_unless_named(file: Path, tmp
         sweeping.run(file, tmp_path / "runs")
 
 
+def test_a_misspelt_name_is_refused_before_anything_is_written(file: Path, tmp_path: Path, machine: Machine) -> None:
+    """A lock file, or hours of jobs, before a word is found to name nothing."""
+    got = CliRunner().invoke(cli.app, ["sweep", str(file), "--runs", str(tmp_path / "runs"), "--across", "tocrh"])
+    assert got.exit_code == 2
+    assert "did you mean 'torch'" in got.stderr
+    assert machine.started == []
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_table_has_every_cell_with_its_runs(file: Path, tmp_path: Path, machine: Machine) -> None:
     """A table without the runs it was made of cannot be checked."""
     sweep = sweeps.read(file)
@@ -285,6 +295,17 @@ def test_the_table_has_every_cell_with_its_runs(file: Path, tmp_path: Path, mach
     assert sorted(line[3].splitlines()[0] for line in grid.rows) == ["1 of 2", "2 of 2", "2 of 2"]
     shown = [name for line in grid.rows for name in line[3].splitlines()[1:]]
     assert sorted(shown) == sorted(store.runs(tmp_path / "runs").query("status == 'complete'")["run_id"])
+
+
+def test_a_kind_without_headline_numbers_is_said_in_the_table(file: Path, tmp_path: Path, machine: Machine,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep over traces that ends, after hours, without a number or a word."""
+    sweeping.run(file, tmp_path / "runs")
+    sweep, read = sweeps.read(file), records.read
+    monkeypatch.setattr(records, "read", lambda path: dataclasses.replace(read(path), kind="trace"))
+    grid = outcomes.summary(sweep, finished.read(tmp_path / "runs", sweep.jobs()), ())
+    assert len(grid.rows) == 3
+    assert all("has no headline · kind trace" in line[1] and "2 of 2" in line[2] for line in grid.rows)
 
 
 def test_runs_are_what_repeats() -> None:
