@@ -229,7 +229,7 @@ def headlines(run: records.Recorded) -> pd.DataFrame:
         found = found[~found["profiled"].fillna(False).astype(bool)]
     table = pd.DataFrame() if run.kind == "trace" else _headlines(run.kind, found)
     if table.empty:
-        raise RunError(f"run {run.run_id} has no headline", f"kind {run.kind}, {len(run.rows)} rows, of which none is a "
+        raise RunError(f"run {run.run_id} has no headline", f"kind {run.kind}, {len(run.rows)} rows, none of them a "
                        "latency or a cost measured without a profiler", f"see its rows: hl.rows([{run.run_id!r}])")
     return table
 
