@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -405,6 +409,61 @@ def test_without_ray_a_cluster_is_refused(file: Path, tmp_path: Path, machine: M
     with pytest.raises(SweepError, match=r"Ray is not installed .*hybridlab\[cluster\]"):
         sweeping.run(file, tmp_path / "runs", address="auto")
     assert machine.started == []
+
+
+class Ray(ModuleType):
+    """Ray as far as joining goes: it counts how often, and is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.asked: list[tuple[str, str | None]] = []
+
+    def init(self, address: str, **_: Any) -> None:
+        self.asked.append((address, os.environ.get(cluster.TRIES)))
+        raise ConnectionError("no Ray here")
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray asks such an address for ten minutes, with a warning in every few seconds of them; one where something else
+    listens it asks once."""
+    ray = Ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv(cluster.TRIES, raising=False)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{port.getsockname()[1]}"
+        for address in (place, f"ray://{place}", "127.0.0.1:99999"):
+            with pytest.raises(SweepError, match=f"there is no Ray cluster at '{address}' .*ray start --head"), \
+                    cluster.joined(address):
+                pass
+        assert ray.asked == []
+        port.listen()
+        for address in (place, "auto"):
+            with pytest.raises(SweepError, match="no Ray here"), cluster.joined(address):
+                pass
+    assert ray.asked == [(place, "1"), ("auto", "1")]
+    assert cluster.TRIES not in os.environ
+
+
+def test_a_job_whose_node_kills_its_parent_leaves_no_folder(tmp_path: Path) -> None:
+    """Every job that a cluster stops would leave a notebook and a run in a temporary folder of the node."""
+    scratch = tmp_path / "scratch"
+    (scratch / "runs").mkdir(parents=True)
+    code = ("import threading\nfrom hybridlab import jobs\n"
+            "def never(*_): print('there', flush=True); threading.Event().wait()\n"
+            "jobs.notebooks.check = never\njobs.main()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd=Path(jobs.__file__).parents[1], start_new_session=True) as job:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        job.stdin.write(json.dumps({"notebook": "n.ipynb", "parameters": {}, "note": {}, "timeout_s": 1.0, "root": "r",
+                                    "scratch": str(scratch)}) + "\n")
+        job.stdin.flush()
+        assert job.stdout.readline() == "there\n"
+        assert scratch.exists()
+        job.stdin.close()  # as the kernel does with a parent that is killed
+        job.wait(60)
+    assert not scratch.exists()
 
 
 def test_a_notebook_that_changes_while_its_sweep_runs_is_refused(file: Path, tmp_path: Path) -> None:
