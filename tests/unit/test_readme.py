@@ -40,7 +40,8 @@ CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab runs --last 10": (),
     "hybridlab trace --arm eager --arm hybrid": (("--arm hybrid", "--arm graph"), ("", "--tokens 2 --warmup 1")),
     "hybridlab trace random:llama-2-7b --dtype float16 --kernels fused --perfetto /tmp/one.json.gz": (
-        ("/tmp/", ""), ("random:llama-2-7b --dtype float16", "random:tiny-llama-2"), ("", "--arm graph --tokens 2 --warmup 1")),
+        ("/tmp/", ""), ("random:llama-2-7b --dtype float16", "random:tiny-llama-2"),
+        ("", "--arm graph --tokens 2 --warmup 1")),
     "hybridlab trace --report report.sqlite": (),
     "hybridlab tune random:llama-2-7b --check --gpu nvidia-h200": (),
     "hybridlab system --part overhead --part memory": (
