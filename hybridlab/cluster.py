@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +22,8 @@ from hybridlab.sweeps import Job, Sweep
 
 NAME = re.compile(r"\w[\w.-]*")
 START_S = 60.0  # for a node to say what it is
+REACH_S = 10.0  # for a connection to its port
+TRIES = "RAY_gcs_server_port_wait_time_s"  # how often Ray tries to join, 40 s each, with warnings on standard error
 
 
 @contextlib.contextmanager
@@ -39,15 +42,29 @@ def joined(address: str) -> Iterator[Any]:
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.2" if sys.platform == "linux" else None}
+    given = os.environ.get(TRIES)
     try:
+        if address != "local":
+            _reach(address)
+            os.environ[TRIES] = given or "1"
         ray.init(**settings)
     except Exception as error:  # what it raises depends on the kind of address and on the version
         raise SweepError(f"there is no Ray cluster at {address!r}", " ".join(f"{error}".split())[:300],
                          "start one with `ray start --head`, or use --cluster local") from None
+    finally:
+        if given is None:
+            os.environ.pop(TRIES, None)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` or `OverflowError` where nobody listens at a host:port: Ray would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
 
 
 def facts(ray: Any, device: str) -> dict[str, dict[str, str | None]]:
@@ -131,7 +148,7 @@ def perform(notebook: str, request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hybridlab-") as folder:
         path = Path(folder) / Path(request["notebook"]).name
         path.write_text(notebook, encoding="utf-8")
-        entry = jobs.run({**request, "notebook": str(path)}, Path(folder) / "runs")
+        entry = jobs.run({**request, "notebook": str(path), "scratch": folder}, Path(folder) / "runs")
         place = entry.path if (entry.path / finished.JOB).exists() else None
         files = {} if place is None else {file.relative_to(place).as_posix(): file.read_bytes()
                                           for file in sorted(place.rglob("*")) if file.is_file()}

@@ -17,6 +17,7 @@ import torch
 
 from hybridlab import models, names, outlines
 from hybridlab.engines import version
+from hybridlab.errors import MeasureError
 from hybridlab.peers import Asked, Give, Peer
 from hybridlab.roofline import Demand
 
@@ -62,6 +63,14 @@ class Weights:
         return max(KV_LEAST, 2 * tokens * sum(layer.row for layer in Demand(self.bare).layers))
 
 
+def require_gpu(name: str, asked: Asked) -> None:
+    """Raise `MeasureError` for a device that these adapters do not drive an engine on."""
+    device = models.resolve_device(asked.config.device)
+    if device.type != "cuda":
+        raise MeasureError(f"{name} is driven on an NVIDIA GPU alone", f"device is {str(device)!r}",
+                           "leave it out with --system, or use --device cuda")
+
+
 class VLLM(Peer):
     """vLLM's `LLM`, its engine stepped in this process: a step that returns the token of our request ends its interval.
 
@@ -78,6 +87,7 @@ class VLLM(Peer):
     def __init__(self, asked: Asked) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vLLM is imported
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        require_gpu("vLLM", asked)
         weights = Weights(asked)
         self.weights, self.comparable = weights.words, weights.own
         from vllm import LLM, SamplingParams
@@ -98,7 +108,8 @@ class VLLM(Peer):
 
     def run(self, ids: list[int], count: int, give: Give) -> None:
         self.requests += 1
-        self.engine.add_request(str(self.requests), {"prompt_token_ids": ids}, self.sampling(max_tokens=count))
+        prompt = {"type": "token", "prompt_token_ids": ids}  # with its type: rendered already; raw ones are deprecated
+        self.engine.add_request(str(self.requests), prompt, self.sampling(max_tokens=count))
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():  # empty while a step is under way
                 for token in output.outputs[0].token_ids:
@@ -120,6 +131,7 @@ class TensorRTLLM(Peer):
     paths = ("engine", "engine")
 
     def __init__(self, asked: Asked) -> None:
+        require_gpu("TensorRT-LLM", asked)
         weights = Weights(asked)
         self.weights, self.comparable = weights.words, weights.own
         from tensorrt_llm import LLM, SamplingParams
@@ -130,7 +142,7 @@ class TensorRTLLM(Peer):
             max_batch_size=1, max_seq_len=asked.max_len, cuda_graph_config=CudaGraphConfig(batch_sizes=[1]),
             kv_cache_config=KvCacheConfig(enable_block_reuse=False, max_tokens=2 * asked.max_len))
         # Without a tokenizer it wants to be told an end token, also where it is to be ignored.
-        self.sampling = partial(SamplingParams, end_id=0, pad_id=0, ignore_eos=True, detokenize=False)
+        self.sampling = partial(SamplingParams, top_k=1, end_id=0, pad_id=0, ignore_eos=True, detokenize=False)
         self.reason = f"TensorRT-LLM {version(self.distribution)}, PyTorch backend, CUDA graphs in decode"
 
     def run(self, ids: list[int], count: int, give: Give) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,9 +41,12 @@ def request(sweep: Sweep, job: Job) -> dict[str, Any]:
 
 
 def perform(notebook: str, parameters: dict[str, Any], note: dict[str, Any], timeout_s: float, root: str,
-            held: tuple[int, ...] = ()) -> None:
-    """The job itself, in this process. Prints the run's directory as soon as it is there. Raises as `notebooks.run`,
-    and SweepError if the notebook is no longer the one that the sweep was planned with."""
+            held: tuple[int, ...] = (), scratch: str = "") -> None:
+    """The job itself, in this process. Prints the run's directory as soon as it is there. The folder `scratch`, which
+    the parent removes, goes with the parent if that is killed. Raises as `notebooks.run`, and SweepError if the
+    notebook is no longer the one that the sweep was planned with."""
+    if scratch:
+        children.end_with(os.getppid(), lambda: shutil.rmtree(scratch, ignore_errors=True))
     config, name = notebooks.check(notebook, parameters), Path(notebook).name
     if not note["job"].startswith(f"{identity(read_notebook(Path(notebook)), name, config)}-"):
         raise SweepError(f"{name} was changed while the sweep ran", "its jobs are of the earlier version",

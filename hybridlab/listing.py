@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybridlab import terminal
+from hybridlab import records, terminal
 from hybridlab.errors import choose
 from hybridlab.terminal import option
 
@@ -19,7 +19,7 @@ SHOWN = ("run_id", "kind", "status", "machine", "model", "rows", "seconds", "tor
 
 
 def command(
-    kind: Annotated[str | None, option("Only runs of this kind: ablation, cache, kernels, trace, system.")] = None,
+    kind: Annotated[str | None, option(f"Only runs of this kind: {', '.join(records.KINDS)}.")] = None,
     status: Annotated[str | None, option(f"Only {', '.join(STATUSES)} runs.")] = None,
     machine: Annotated[str | None, option("Only runs of this machine, as in h200 or cpu-xeon.")] = None,
     where: Annotated[list[str] | None, option(
@@ -36,7 +36,7 @@ def command(
     In Python `hl.runs()` is the same as a DataFrame; `hl.compare([a, b])` puts runs side by side.
     """
     with terminal.errors(debug):
-        from hybridlab import parameters, records, report, store
+        from hybridlab import parameters, report, store
 
         table = store.runs(runs)
         given = {"kind": kind and choose("kind", kind, records.KINDS), "machine": machine,

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from hybridlab.errors import choose
 
 COLOURS = {"eager": "#4D4D4D", "graph": "#0072B2", "jit": "#E69F00", "hybrid": "#009E73",  # Okabe-Ito and a grey
-           "hf-generate": "#8A8A8A", "hf-compile": "#AA4499", "hf-compile-prefill": "#B5651D", "vllm": "#CC6677",
-           "tensorrt-llm": "#56B4E9"}
+           "hf-generate": "#AAAABB", "hf-compile": "#CC55FF", "hf-compile-prefill": "#8811FF", "vllm": "#EE1133",
+           "tensorrt-llm": "#56B4E9"}  # chosen to be apart from those and each other in red- and green-blindness too
 SYMBOLS = {"eager": "circle", "graph": "square", "jit": "diamond", "hybrid": "triangle-up",  # also without colour
            "hf-generate": "triangle-down", "hf-compile": "cross", "hf-compile-prefill": "x", "vllm": "star",
            "tensorrt-llm": "hexagon"}

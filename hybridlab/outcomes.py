@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from hybridlab import finished, records, stats, store
+from hybridlab.errors import RunError
 from hybridlab.finished import Entry
 from hybridlab.report import NONE, Grid, interval
 from hybridlab.sweeps import Cell, Job, Sweep
@@ -66,9 +67,12 @@ def summary(sweep: Sweep, found: Mapping[str, list[Entry]], across: Sequence[str
 def _lines(cell: Cell, complete: list[Entry], repeats: int) -> list[tuple[str, str, dict[str, str], str]]:
     """Label, what, metrics as text, and the runs; these are named in the first line of a cell."""
     ids = f"{len(complete)} of {repeats}" + "".join(f"\n{entry.path.name}" for entry in complete)
-    tables = [store.headlines(records.read(entry.path)) for entry in complete]
-    if not tables or all(table.empty for table in tables):
+    if not complete:
         return [(cell.label, "", {}, ids)]
+    try:
+        tables = [store.headlines(records.read(entry.path)) for entry in complete]
+    except RunError as error:  # after hours of work: said in the table
+        return [(cell.label, str(error), {}, ids)]
     together = pd.concat([table.assign(run=number) for number, table in enumerate(tables)])
     found: dict[str, dict[str, str]] = {}
     for (what, metric), own in together.groupby(["what", "metric"]):

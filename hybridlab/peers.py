@@ -20,6 +20,7 @@ from hybridlab import conversation, measure, models, nearties, roofline, tails
 from hybridlab.config import RunConfig, build, policy, policy_name
 from hybridlab.counters import Counters
 from hybridlab.engines import ENGINES, PeersConfig, version
+from hybridlab.errors import MeasureError
 from hybridlab.runtime import Runtime
 from hybridlab.tokens import Output
 
@@ -61,7 +62,10 @@ class Peer(ABC):
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, each: Callable[[], Any] | None = None,
                  **_: Any) -> Output:
-        """As `Runtime.generate` answers and times it; `each` is called after every token, outside of its time."""
+        """As `Runtime.generate` answers and times it; `each` is called after every token, outside of its time.
+
+        Raises: MeasureError for an engine that gives more or fewer tokens.
+        """
         ids, ms, start = list[int](), list[float](), 0
 
         def give(token: int) -> None:
@@ -74,6 +78,9 @@ class Peer(ABC):
 
         start = time.perf_counter_ns()
         self.run(list(prompt), max_new_tokens, give)
+        if len(ids) != max_new_tokens:
+            raise MeasureError(f"{max_new_tokens} tokens were asked for, {type(self).__name__} gave {len(ids)}",
+                               f"prompt of {len(prompt)} tokens", "see what the engine said; it may lack memory")
         first, other = self.paths
         return Output(ids, None, ms[0], ms[1:], [first, *[other] * (len(ids) - 1)], [self.reason] * len(ids), None, [])
 

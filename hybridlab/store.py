@@ -108,13 +108,18 @@ def here(device: str) -> dict[str, str | None]:
     return facts(environment.slug(None if device == "cpu" else report["gpu"], report["cpu"]), report)
 
 
+def require_facts(across: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that is none of FACTS."""
+    for name in across:
+        choose("across", name, FACTS)
+
+
 def require_same(found: Mapping[str, Mapping[str, Any]], across: Sequence[str] = ()) -> None:
     """Raise `RunError` unless the facts of all runs in `found` agree in all but what `across` names.
 
     Raises: ConfigError for a name in `across` that is no fact.
     """
-    for name in across:
-        choose("across", name, FACTS)
+    require_facts(across)
     wrong = {name: values for name in FACTS if name not in across and len(values := _values(found, name)) > 1}
     if wrong:
         said = "; ".join(f"{name}: " + " against ".join(f"{value or 'unknown'} ({_some(ids)})"
@@ -177,7 +182,8 @@ def compare(runs: Iterable[str | Path], across: Sequence[str] = (), root: Path |
     what and metric (see `headlines`), n, p50 and p99 with p50_low, p50_high, p99_low, p99_high (95 %; None where n does
     not allow it). Medians over all prompt lengths of a run.
 
-    Raises as `opened`: runs of different machines or versions are compared only across what is named.
+    Raises as `opened`: runs of different machines or versions are compared only across what is named. Raises as
+    `headlines` for a run that has none.
     """
     found = opened(runs, across, root)
     known = [_told(run) for run in found]
@@ -206,24 +212,47 @@ def estimated(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
+PARTS = {"paper": ("part", "arm", "metric"), "system": ("part", "setting", "step")}  # of rows that name their unit
+NAMED = {"ttft": "TTFT, ms", "itl": "ITL, ms", "step": "step, ms", "ttft_ms": "TTFT, ms", "itl_ms": "ITL, ms",
+         "recovery_ms": "recovery, ms"}
+TABLES = {"ttft": NAMED["ttft"], "cached": "gap with a KV cache, ms", "recomputed": "gap of the whole sequence, ms"}
+
+
 def headlines(run: records.Recorded) -> pd.DataFrame:
-    """What a run is first asked for, one row a value: what (arm, setting, variant or part), metric with its unit, and
-    value. Times under a profiler are none, so a trace has no headline.
+    """What a run is first asked for, one row a value: what (arm, system, setting, variant or part), metric with its
+    unit, and value. Of the paper that is what its two tables hold, and all there is of a run without these parts.
+
+    Raises: RunError for a run without such values, as a trace always is: times under a profiler are no latencies.
     """
     found = run.rows
-    if run.kind == "ablation":
+    if "profiled" in found:
         found = found[~found["profiled"].fillna(False).astype(bool)]
-        what = found["arm"]
-    elif run.kind == "cache":
-        found = found[(found["part"] == "stream") & found["metric"].isin(["ttft", "itl"])]
-        what = found["setting"]
-    elif run.kind == "kernels":
+    table = pd.DataFrame() if run.kind == "trace" else _headlines(run.kind, found)
+    if table.empty:
+        raise RunError(f"run {run.run_id} has no headline", f"kind {run.kind}, {len(run.rows)} rows, none of them a "
+                       "latency or a cost measured without a profiler", f"see its rows: hl.rows([{run.run_id!r}])")
+    return table
+
+
+def _headlines(kind: str, found: pd.DataFrame) -> pd.DataFrame:
+    if kind == "paper":
+        found = found[found["metric"] != "clipped"]  # a length that does not fit the model
+    if kind == "soak":
+        found = found.melt(value_vars=["ttft_ms", "itl_ms", "recovery_ms"], var_name="metric", value_name="ms").dropna()
+        what = pd.Series("requests", found.index)
+    elif kind == "paper" and found["part"].isin(list(TABLES)).any():
+        found = found[found["part"].isin(list(TABLES))]
+        return pd.DataFrame({"what": found["arm"], "metric": found["part"].map(TABLES), "value": found["value"]})
+    elif kind in PARTS:
+        part, setting, step = PARTS[kind]
+        what = (found[part] + " " + found[setting]).str.strip()
+        return pd.DataFrame({"what": what, "metric": found[step] + ", " + found["unit"], "value": found["value"]})
+    elif kind == "kernels":
         found = found[found["metric"] == "step"]
         what = found["variant"] + ", context " + found["context"].astype(str)
-    elif run.kind == "system":
-        what = (found["part"] + " " + found["setting"]).str.strip()
-        return pd.DataFrame({"what": what, "metric": found["step"] + ", " + found["unit"], "value": found["value"]})
+    elif kind == "cache":
+        found = found[(found["part"] == "stream") & found["metric"].isin(["ttft", "itl"])]
+        what = found["setting"]
     else:
-        return pd.DataFrame(columns=["what", "metric", "value"])
-    named = found["metric"].map({"ttft": "TTFT, ms", "itl": "ITL, ms", "step": "step, ms"})
-    return pd.DataFrame({"what": what, "metric": named, "value": found["ms"]})
+        what = found["arm"]
+    return pd.DataFrame({"what": what, "metric": found["metric"].map(NAMED), "value": found["ms"]})

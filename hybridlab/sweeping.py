@@ -74,9 +74,10 @@ def command(
 def run(file: Path, root: Path, dry_run: bool = False, address: str | None = None, across: Sequence[str] = (),
         stop_on_failure: bool = False) -> bool:
     """The command without its errors. Returns whether every job is complete, and after a dry run True."""
-    from hybridlab import finished, jobs, outcomes, sweeps
+    from hybridlab import finished, jobs, outcomes, store, sweeps
     from hybridlab.records import RUN_VARIABLE
 
+    store.require_facts(across)  # before the lock, which leaves a file
     sweep = sweeps.read(file)
     if RUN_VARIABLE in os.environ:
         raise SweepError("a sweep cannot start inside a run", f"{RUN_VARIABLE} is set", f"unset {RUN_VARIABLE}")

@@ -1,10 +1,12 @@
-"""Every command of README and CONTRIBUTING is executed, cheaper where it would take long; no option is misspelt."""
+"""Commands of README and CONTRIBUTING are executed, cheaper where they would take long; no option is misspelt in the
+others."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
+import shutil
 import sqlite3
 import subprocess
 from contextlib import closing
@@ -15,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hybridlab import cachelab, cli, notebooks, parameters, records
+from hybridlab import cachelab, cli, committed, notebooks, parameters, records
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("README.md", "CONTRIBUTING.md")
@@ -23,6 +25,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(hybridlab [^`]*)`")
 Change = tuple[str, str]  # what is replaced, and by what; "" is the end of the line
 
+RUN = "cpu-xeon/20261123-204110-0793"  # committed, and README shows its table
 NOTEBOOK = "tests/notebooks executes every notebook; here its parameters are checked"
 CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab partition random:llama-2-7b --policy piecewise": (),
@@ -30,18 +33,26 @@ CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab partition random:tiny-llama-2 --policy whole": (),
     'hybridlab generate "The for statement" --arm hybrid --policy full --show-paths': (
         ("--arm hybrid", "--arm graph"), ("", "-n 3")),  # hybrid compiles for half a minute
-    "hybridlab cache chat --compare capture=sync --compare 'capture=async behind=thread' --save-trace chat.csv": (
-        ("", "--requests 1 --repeats 1 --new-tokens 1 --model random:tiny-llama-2"),),
+    "hybridlab cache chat --compare capture=sync --compare 'capture=async behind=thread' --save-trace /tmp/chat.csv": (
+        ("/tmp/", ""), ("", "--requests 1 --repeats 1 --new-tokens 1 --model random:tiny-llama-2"),),
     "hybridlab env": (),
     "hybridlab sweep data/sweeps/ablation.yaml --dry-run": (("data/", f"{ROOT}/data/"),),
     "hybridlab runs --last 10": (),
     "hybridlab trace --arm eager --arm hybrid": (("--arm hybrid", "--arm graph"), ("", "--tokens 2 --warmup 1")),
-    "hybridlab trace random:llama-2-7b --dtype float16 --kernels fused --perfetto one.json.gz": (
-        ("random:llama-2-7b --dtype float16", "random:tiny-llama-2"), ("", "--arm graph --tokens 2 --warmup 1")),
+    "hybridlab trace random:llama-2-7b --dtype float16 --kernels fused --perfetto /tmp/one.json.gz": (
+        ("/tmp/", ""), ("random:llama-2-7b --dtype float16", "random:tiny-llama-2"),
+        ("", "--arm graph --tokens 2 --warmup 1")),
     "hybridlab trace --report report.sqlite": (),
     "hybridlab tune random:llama-2-7b --check --gpu nvidia-h200": (),
     "hybridlab system --part overhead --part memory": (
         ("--part overhead ", ""), ("", "--arm graph --length 8")),  # overhead: tests/unit/test_systemlab.py
+    "hybridlab check": (("", "--root checkout"),),          # one committed run and its table, of the same README
+    "hybridlab check --write": (("", "--root checkout"),),
+    "hybridlab bench tiny --repeats 20": (
+        ("tiny", "random:tiny-llama-2"), ("20", "2"), ("", "--length 8 --variant torch")),  # kernels: test_opbench
+    "hybridlab peers --length 10 --length 100 --repeats 30": (
+        ("--length 100 --repeats 30", "--repeats 1"),
+        ("", "--system hf-generate --arm eager --itl-repeats 1 -n 2 --model random:tiny-llama-2")),
     "make test": (("", "--dry-run"),), "make lint": (("", "--dry-run"),), "make lab": (("", "--dry-run"),),
     "make reproduce": (("", "--dry-run"),),
 }
@@ -55,11 +66,6 @@ ELSEWHERE: dict[str, str] = {
     "TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py -q": "a test that runs tests runs them twice",
     "hybridlab sweep data/sweeps/ablation.yaml": "takes an hour: tests/unit/test_sweeps.py",
     "hybridlab sweep data/sweeps/ablation.yaml --cluster auto": "needs Ray: tests/notebooks/test_sweep.py",
-    "hybridlab check": "recomputes all tables for a minute: test_cli, and a step of its own in CI",
-    "hybridlab check --write": "recomputes all tables for a minute: test_cli",
-    "hybridlab bench tiny --repeats 20": "compiles for a minute: tests/unit/test_opbench.py",
-    "hybridlab peers --length 10 --length 100 --repeats 30":
-        "a process with a model for each system takes a minute: tests/unit/test_peers.py",
     "hybridlab peers --model random:llama-2-7b --dtype float16 --arm eager --arm hybrid":
         "a model of 13 GB: tests/unit/test_peers.py, tests/gpu/test_peers.py",
     "hybridlab reproduce --paper": "takes minutes: test_paperlab, and notebook 10 in tests/notebooks",
@@ -104,12 +110,17 @@ def parsed(line: str) -> Any:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory with the report that README reads, and a machine whose rates need no measuring."""
+    """A directory with the report that README reads and a small checkout, and a machine whose rates need no measuring.
+    """
     monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
     monkeypatch.setenv("HYBRIDLAB_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cachelab.roofline, "measure", lambda device, dtype, working_set: {
         "read_gbs": 10.0, "copy_gbs": 10.0, "matmul_tflops": 0.1})
+    shutil.copytree(ROOT / "data" / "runs" / RUN, tmp_path / "checkout" / "data" / "runs" / RUN)
+    (table,) = (found[0] for found in committed.TABLE.finditer((ROOT / "README.md").read_text(encoding="utf-8"))
+                if (found["kind"], found["run"]) == ("ablation", RUN))
+    (tmp_path / "checkout" / "README.md").write_text(table + "\n", encoding="utf-8")
     with closing(sqlite3.connect(tmp_path / "report.sqlite")) as db:
         db.executescript("""
             CREATE TABLE StringIds (id INTEGER, value TEXT);
@@ -146,7 +157,7 @@ def test_a_command_does_what_it_says(line: str, workplace: Path) -> None:
     got = CliRunner().invoke(cli.app, words[1:], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
     assert got.exit_code == 0, got.output
     assert got.output
-    for name in re.findall(r"(?:--save-trace|--perfetto) (\S+)", line):
+    for name in re.findall(r"(?:--save-trace|--perfetto) (\S+)", " ".join(words)):
         assert (workplace / name).stat().st_size
 
 

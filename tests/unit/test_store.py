@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import hybridlab as hl
 from hybridlab import cli, records, store
-from hybridlab.config import RunConfig, TraceConfig, build
+from hybridlab.config import RunConfig, SoakConfig, SystemConfig, TraceConfig, build
 from hybridlab.errors import ConfigError, RunError
+from hybridlab.paperconfig import PaperConfig
 
 REPORT = {"cpu": "Test CPU", "gpu": [{"name": "Test Board", "driver": "580.1"}], "python": "3.12", "hybridlab": "0.1",
           "commit": "c0ffee", "dirty": False, "machine": "test-board",
@@ -191,7 +192,6 @@ def test_runs_of_two_kinds_and_unknown_ones_are_refused(record: Recorder, tmp_pa
     trace.finish("complete")
     with pytest.raises(RunError, match="kinds ablation, trace"):
         hl.compare([one, trace.id])
-    assert hl.compare([trace.id]).empty, "a trace has no headline"
     with pytest.raises(RunError, match="did you mean '20260101-000002-aaaa'"):
         hl.compare(["20260101-000002-aaab"])
     with pytest.raises(ConfigError, match="give a list of runs"):
@@ -207,12 +207,79 @@ def test_rows_under_a_profiler_are_no_headline(record: Recorder, tmp_path: Path)
     assert len(store.headlines(records.read(run.path))) == 1
 
 
-@pytest.mark.parametrize("run", ["h200/20261123-235410-4e2d", "h200/20261124-082824-4268"])
-def test_cache_and_kernel_runs_have_headlines_too(run: str) -> None:
-    """A comparison of the committed runs that came out empty would be taken for no difference."""
+HEADLINES = {  # of each kind: what a committed run, or the small one below, is first asked for
+    "ablation": ("cpu-xeon/20261123-204110-0793", "eager", "ITL, ms"),
+    "cache": ("h200/20261123-235410-4e2d", "capture=sync", "TTFT, ms"),
+    "kernels": ("h200/20261124-082824-4268", "fused, context 500", "step, ms"),
+    "peers": ("h200/20261128-123844-32a9", "hf-compile", "ITL, ms"),
+    "paper": ("cpu-epyc/20261128-113724-0dcc", "hybrid", "gap with a KV cache, ms"),
+    "trace": ("h200/20261124-162055-2a98", None, None),
+    "system": ("test-board/20260101-000002-aaaa", "memory", "weights, MiB"),
+    "soak": ("test-board/20260101-000003-bbbb", "requests", "recovery, ms")}
+SOAK = {"at_s": 1.0, "prompt_tokens": 4, "canary": False, "ttft_ms": 2.0, "itl_ms": 0.5, "path": "graph", "captures": 0,
+        "evictions": 0, "graphs": 1, "rss_bytes": 9, "gpu_bytes": None, "files": 3, "threads": 2, "event": "",
+        "recovery_ms": None}
+
+
+def recorded(root: Path, name: str, config: Any, rows: list[dict[str, Any]]) -> str:
+    run = records.Run.create(config, root, name)
+    run.append(rows)
+    run.finish("complete")
+    return name
+
+
+@pytest.mark.parametrize("kind", records.KINDS)
+def test_every_kind_of_run_has_a_headline_or_says_why_not(kind: str, record: Recorder, tmp_path: Path) -> None:
+    """A comparison that comes out empty is taken for no difference, and a sweep ends without a number or a word."""
+    weights = {"part": "memory", "setting": "", "round": 0, "step": "weights", "value": 7.0, "unit": "MiB"}
+    recorded(tmp_path, "20260101-000002-aaaa", build(SystemConfig, {}), [
+        weights, weights | {"step": "state", "profiled": True}])
+    recorded(tmp_path, "20260101-000003-bbbb", build(SoakConfig, {}), [
+        SOAK | {"request": 0}, SOAK | {"request": 1, "event": "kill", "recovery_ms": 800.0}])
+    run, what, metric = HEADLINES[kind]
+    if what is None:
+        with pytest.raises(RunError, match=rf"no headline · kind {kind}, \d+ rows.* · see its rows: hl\.rows"):
+            hl.compare([run])
+        return
     table = hl.compare([run])
-    assert len(table) > 4
-    assert (table["p50_low"].astype(float) <= table["p50"].astype(float)).all()
+    assert list(table.columns[:5]) == ["run_id", "machine", "what", "metric", "n"]
+    assert table[["what", "metric"]].notna().all(axis=None)
+    assert (table["n"] > 0).all()
+    assert len(table[(table["what"] == what) & (table["metric"] == metric)]) == 1
+    known = table[table["p50"].notna()]
+    assert (known["p50_low"].astype(float) <= known["p50"].astype(float)).all()
+    assert list(table["metric"]) == (["weights, MiB"] if kind == "system" else
+                                     ["ITL, ms", "TTFT, ms", "recovery, ms"] if kind == "soak" else
+                                     list(table["metric"]))
+
+
+def test_peers_are_compared_as_arms_are() -> None:
+    """Another engine's medians in columns of their own could not be put beside ours."""
+    peers, ablation = (hl.compare([HEADLINES[kind][0]]) for kind in ("peers", "ablation"))
+    assert list(peers.columns) == list(ablation.columns)
+    assert set(peers["metric"]) == set(ablation["metric"]) == {"TTFT, ms", "ITL, ms"}
+    rows = records.read(Path(store.__file__).parents[1] / "data" / "runs" / HEADLINES["peers"][0]).rows
+    medians = rows.groupby(["arm", "metric"])["ms"].median()
+    for line in peers.to_dict("records"):
+        exact = medians[line["what"], "itl" if line["metric"].startswith("ITL") else "ttft"]
+        assert line["p50"] == pytest.approx(exact, rel=1e-9)
+
+
+def paper_row(part: str, metric: str, value: float, unit: str = "ms", arm: str = "hybrid") -> dict[str, Any]:
+    return {"part": part, "arm": arm, "round": 0, "request": 0, "tokens": 10, "index": 0, "position": 10,
+            "metric": metric, "value": value, "unit": unit, "path": "", "reason": "", "state": "none", "captures": 0,
+            "compiles": 0, "bytes": None}
+
+
+def test_of_the_paper_its_tables_come_first(record: Recorder, tmp_path: Path) -> None:
+    """Sizes, steps of a capture and lengths that did not fit would stand in one table with first tokens."""
+    sizes = [paper_row("memory", "weights", 3.0, "MiB"), paper_row("ttft", "clipped", 1024.0, "tokens", "all")]
+    whole = recorded(tmp_path, "20260101-000002-aaaa", build(PaperConfig, {}), [
+        *sizes, paper_row("ttft", "ttft", 2.0), paper_row("cached", "gap", 0.5), paper_row("recomputed", "gap", 4.0)])
+    rest = recorded(tmp_path, "20260101-000003-bbbb", build(PaperConfig, {}), sizes)
+    found = [store.headlines(run).to_numpy().tolist() for run in store.opened([whole, rest])]
+    assert found == [[["hybrid", "TTFT, ms", 2.0], ["hybrid", "gap with a KV cache, ms", 0.5],
+                      ["hybrid", "gap of the whole sequence, ms", 4.0]], [["memory hybrid", "weights, MiB", 3.0]]]
 
 
 # ---- hybridlab runs ------------------------------------------------------------------------------------------------
@@ -221,6 +288,12 @@ def listed(*arguments: str) -> list[str]:
     done = CliRunner().invoke(cli.app, ["runs", "--json", *arguments])
     assert done.exit_code == 0, done.output
     return [run["run_id"] for run in json.loads(done.stdout)]
+
+
+def test_help_names_every_kind() -> None:
+    """A kind that the help leaves out is taken for one that cannot be asked for."""
+    shown = CliRunner().invoke(cli.app, ["runs", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert f"Only runs of this kind: {', '.join(records.KINDS)}." in " ".join(shown.stdout.replace("│", " ").split())
 
 
 def test_runs_are_filtered_by_any_column(record: Recorder, tmp_path: Path) -> None:

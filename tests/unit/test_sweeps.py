@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -273,6 +278,15 @@ def test_a_sweep_is_not_finished_on_another_version_unless_named(file: Path, tmp
         sweeping.run(file, tmp_path / "runs")
 
 
+def test_a_misspelt_name_is_refused_before_anything_is_written(file: Path, tmp_path: Path, machine: Machine) -> None:
+    """A lock file, or hours of jobs, before a word is found to name nothing."""
+    got = CliRunner().invoke(cli.app, ["sweep", str(file), "--runs", str(tmp_path / "runs"), "--across", "tocrh"])
+    assert got.exit_code == 2
+    assert "did you mean 'torch'" in got.stderr
+    assert machine.started == []
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_table_has_every_cell_with_its_runs(file: Path, tmp_path: Path, machine: Machine) -> None:
     """A table without the runs it was made of cannot be checked."""
     sweep = sweeps.read(file)
@@ -285,6 +299,17 @@ def test_the_table_has_every_cell_with_its_runs(file: Path, tmp_path: Path, mach
     assert sorted(line[3].splitlines()[0] for line in grid.rows) == ["1 of 2", "2 of 2", "2 of 2"]
     shown = [name for line in grid.rows for name in line[3].splitlines()[1:]]
     assert sorted(shown) == sorted(store.runs(tmp_path / "runs").query("status == 'complete'")["run_id"])
+
+
+def test_a_kind_without_headline_numbers_is_said_in_the_table(file: Path, tmp_path: Path, machine: Machine,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep over traces that ends, after hours, without a number or a word."""
+    sweeping.run(file, tmp_path / "runs")
+    sweep, read = sweeps.read(file), records.read
+    monkeypatch.setattr(records, "read", lambda path: dataclasses.replace(read(path), kind="trace"))
+    grid = outcomes.summary(sweep, finished.read(tmp_path / "runs", sweep.jobs()), ())
+    assert len(grid.rows) == 3
+    assert all("has no headline · kind trace" in line[1] and "2 of 2" in line[2] for line in grid.rows)
 
 
 def test_runs_are_what_repeats() -> None:
@@ -384,6 +409,61 @@ def test_without_ray_a_cluster_is_refused(file: Path, tmp_path: Path, machine: M
     with pytest.raises(SweepError, match=r"Ray is not installed .*hybridlab\[cluster\]"):
         sweeping.run(file, tmp_path / "runs", address="auto")
     assert machine.started == []
+
+
+class Ray(ModuleType):
+    """Ray as far as joining goes: it counts how often, and is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.asked: list[tuple[str, str | None]] = []
+
+    def init(self, address: str, **_: Any) -> None:
+        self.asked.append((address, os.environ.get(cluster.TRIES)))
+        raise ConnectionError("no Ray here")
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray asks such an address for ten minutes, with a warning in every few seconds of them; one where something else
+    listens it asks once."""
+    ray = Ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv(cluster.TRIES, raising=False)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{port.getsockname()[1]}"
+        for address in (place, f"ray://{place}", "127.0.0.1:99999"):
+            with pytest.raises(SweepError, match=f"there is no Ray cluster at '{address}' .*ray start --head"), \
+                    cluster.joined(address):
+                pass
+        assert ray.asked == []
+        port.listen()
+        for address in (place, "auto"):
+            with pytest.raises(SweepError, match="no Ray here"), cluster.joined(address):
+                pass
+    assert ray.asked == [(place, "1"), ("auto", "1")]
+    assert cluster.TRIES not in os.environ
+
+
+def test_a_job_whose_node_kills_its_parent_leaves_no_folder(tmp_path: Path) -> None:
+    """Every job that a cluster stops would leave a notebook and a run in a temporary folder of the node."""
+    scratch = tmp_path / "scratch"
+    (scratch / "runs").mkdir(parents=True)
+    code = ("import threading\nfrom hybridlab import jobs\n"
+            "def never(*_): print('there', flush=True); threading.Event().wait()\n"
+            "jobs.notebooks.check = never\njobs.main()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd=Path(jobs.__file__).parents[1], start_new_session=True) as job:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        job.stdin.write(json.dumps({"notebook": "n.ipynb", "parameters": {}, "note": {}, "timeout_s": 1.0, "root": "r",
+                                    "scratch": str(scratch)}) + "\n")
+        job.stdin.flush()
+        assert job.stdout.readline() == "there\n"
+        assert scratch.exists()
+        job.stdin.close()  # as the kernel does with a parent that is killed
+        job.wait(60)
+    assert not scratch.exists()
 
 
 def test_a_notebook_that_changes_while_its_sweep_runs_is_refused(file: Path, tmp_path: Path) -> None:
