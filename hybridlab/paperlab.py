@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
@@ -33,11 +35,18 @@ class PaperResult(experiment.Shown):
     def ledger(self, peers: Path | str | None = None) -> list[ledger.Entry]:
         """Every claim with its verdict, judged now, from rows. `peers`: a recorded run of other engines; None takes the
         latest beside this run that is of the same model, if there is one."""
-        return ledger.judge(judging.Evidence(
-            rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
-            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""),
-            peers=ledger.peers_of(self.path, self.config.model) if peers is None
+        return ledger.judge(self._evidence(
+            ledger.peers_of(self.path, self.config.model) if peers is None
             else ledger.read_peers(Path(peers), self.config.model)))
+
+    def lacks(self) -> list[str]:
+        """What today's judges ask of parts of this run and do not find there, see `ledger.lacks`."""
+        return ledger.lacks(self._evidence(None))
+
+    def _evidence(self, peers: pd.DataFrame | None) -> judging.Evidence:
+        return judging.Evidence(
+            rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
+            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""), peers=peers)
 
     def grid(self, name: str) -> Grid:
         """A table of `papertables.GRIDS`, or the ledger."""
