@@ -59,7 +59,7 @@ def empty(figure: go.Figure, number: int, words: str) -> None:
                           font={"size": 12, "color": figure.layout.annotations[0].font.color})
     for axis in (across, up):
         if axis.ticktext is None:
-            axis.tickvals = []
+            axis.tickvals, axis.ticktext = [], []
 
 
 def switch(figure: go.Figure, owners: Sequence[str], layouts: Mapping[str, Mapping[str, object]], first: str) -> None:

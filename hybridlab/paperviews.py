@@ -173,6 +173,6 @@ def _titles(figure: go.Figure, up: Sequence[str], across: str) -> None:
 def _done(figure: go.Figure, why: Sequence[str]) -> go.Figure:
     """The finished figure; a panel without values says why, in the words given for it, and its axes have no numbers."""
     for number, words in enumerate(why, 1):
-        if all(trace.yaxis != _panel(number)["yaxis"] for trace in figure.data):
+        if all((trace.yaxis or "y") != _panel(number)["yaxis"] for trace in figure.data):
             panels.empty(figure, number, words)
     return panels.legend(looks.one_entry_an_arm(figure))
