@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables
+from hybridlab import experiment, judging, ledger, models, names, papercosts, papersamples, papertables, stats
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
 from hybridlab.paperconfig import PaperConfig
@@ -64,11 +64,25 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
+        words = [papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "times on a GPU are not judged by them.")
         return "\n".join(filter(None, words))
+
+    def short(self) -> str:
+        """Which generation lengths have fewer gaps than were asked for, in words; empty where none has."""
+        clipped, asked = self.rows[self.rows["metric"] == "clipped"], self.config.gaps
+        words = []
+        for part in papertables.PARTS:
+            out = set(clipped.loc[clipped["part"] == part, "tokens"])
+            found = papersamples.short(self.rows, part, [n for n in self.config.generations if n not in out], asked)
+            if found:
+                why = f"budget_s = {self.config.budget_s:g}" if self.status == "complete" else f"the run {self.status}"
+                words.append(f"Part {part} ended early ({why}), with fewer than {asked} gaps an arm: "
+                             + ", ".join(f"{n} at {tokens} tokens" for tokens, n in found.items())
+                             + f". A p99 needs {stats.needed(0.99)}.")
+        return "\n".join(words)
 
 
 def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = None,
@@ -89,7 +103,8 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
             for rows in _parts(arms):
                 target.append(rows)
             target.finish("complete")
-            report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
+            report("; ".join([f"run {target.path.name}: complete",  # what stays in a notebook
+                              *(f"{part}: {words}" for part, words in arms.ended.items())]), 1, 1)
     return PaperResult.open(target.path)
 
 

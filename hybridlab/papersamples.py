@@ -14,6 +14,7 @@ from hybridlab.config import PAPER_LENGTHS
 from hybridlab.stats import Estimate
 
 TIMED = ("ttft", "gap")
+NOT_MEASURED = "not measured in this run"
 Q = {"median": 0.5, "p99": 0.99}
 
 
@@ -57,13 +58,13 @@ def holds(rows: pd.DataFrame) -> str:
 
 def few(rows: pd.DataFrame, part: str, statistic: str) -> str:
     """Why none of the `samples` of a part has this statistic: how large the largest is, and how large it has to be."""
-    return needs(max((len(values) for _, _, values in samples(rows, part)), default=0), statistic)
+    return needs(max((len(values) for _, _, values in samples(rows, part)), default=0), statistic, " a length")
 
 
-def needs(n: int, statistic: str) -> str:
+def needs(n: int, statistic: str, of: str = "") -> str:
     """Why `n` values have no interval of a statistic."""
     least = stats.needed(0.99 if statistic == "p99" else 0.5)
-    return f"n = {n:,}; a {statistic} needs {least}" if n else "not measured in this run"
+    return f"n = {n:,}{of}; a {statistic} needs {least}" if n else NOT_MEASURED
 
 
 def short(rows: pd.DataFrame, part: str, lengths: Sequence[int], gaps: int) -> dict[int, int]:

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hybridlab import looks, panels, papertables, plots, published, stats
-from hybridlab.papersamples import TIMED, by_length, few, needs
+from hybridlab.papersamples import NOT_MEASURED, TIMED, by_length, few, needs
 from hybridlab.stats import Estimate
 
 PUBLISHED = {"Hybrid": "triangle-down", "TensorRT-LLM": "x", "HuggingFace eager": "cross"}  # no arm has these symbols
@@ -91,7 +91,7 @@ def protocol(rows: pd.DataFrame, caption: str) -> go.Figure:
     if cold:
         values = [found.value for _, _, found in cold]
         figure.update_layout(yaxis=panels.log(min(values), max(found.high for _, _, found in cold)))
-    return _done(figure, ["not measured in this run", few(rows[rows["arm"].isin(arms)], "ttft", "median")])
+    return _done(figure, [NOT_MEASURED, few(rows[rows["arm"].isin(arms)], "ttft", "median")])
 
 
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[pd.DataFrame, str], go.Figure]]] = {  # name: (parts, how)

@@ -368,3 +368,23 @@ def test_the_ledger_counts_and_shows_every_claim(rows: pd.DataFrame) -> None:
     for verdict in ledger.VERDICTS:
         assert f"{sum(entry.verdict == verdict for entry in entries)} are {verdict}" in words
     assert set(judging.JUDGES) == {claim.judge for claim in CLAIMS.values()}, "a judge that decides nothing"
+
+
+def test_a_part_that_no_judge_reads_is_told_from_one_that_is_not_there() -> None:
+    """A run of yesterday, whose rows today's judges pass over as if nothing had been measured."""
+    def lacks(rows: list[Any], on_cpu: bool = True) -> list[str]:
+        return ledger.lacks(Evidence(pd.DataFrame(rows).assign(run_id="r1"), "r1", on_cpu, "tiny", ""))
+
+    old = [row("ipc", arm="unix socket", metric="round trip", value=0.1) for _ in range(20)]
+    held = "part ipc of this run holds round trip of unix socket, but no"
+    assert lacks(old) == [f"{held} round trip of worker", f"{held} hand-over of worker"]
+    assert lacks(old, on_cpu=False) == [f"{held} same tokens of worker / here", *lacks(old)]
+    assert judged("ipc-token", old).why == f"not measured: {held} hand-over of worker"
+    assert judged("ipc-token", gaps("cached", "hybrid", lambda _: 1.0)).why == "not measured: part ipc is not in this run"
+    today = crossing(2.0, 2.0)
+    assert lacks(today) == lacks(today, on_cpu=False) == []
+    assert lacks([one for one in today if one["metric"] != "hand-over"]) == [
+        "part ipc of this run holds gap of here; gap, round trip of worker; same tokens of worker / here, "
+        "but no hand-over of worker"]
+    assert lacks(gaps("cached", "hybrid", lambda _: 7.0)) == [], "parts that were not asked for are no fault"
+    assert lacks([row("ipc", arm="all", metric="clipped", value=64.0)]) == []

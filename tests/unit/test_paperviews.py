@@ -43,11 +43,11 @@ def few(n: int, arms: tuple[str, ...] = ("eager", "graph", "jit", "hybrid")) -> 
 
 
 @pytest.mark.parametrize(("n", "expected"), [
-    (3, {"table1": {"x": "n = 3; a median needs 6"},
-         "table2": {"x": "n = 3; a p99 needs 368", "x2": "n = 3; a p99 needs 368"},
+    (3, {"table1": {"x": "n = 3 a length; a median needs 6"},
+         "table2": {"x": "n = 3 a length; a p99 needs 368", "x2": "n = 3 a length; a p99 needs 368"},
          "by_position": {"x": "n = 3; a median needs 6", "x2": "n = 3; a median needs 6"},
-         "ablations": {"x": "n = 3; a change of the mean needs 6"}, "protocol": {"x2": "n = 3; a median needs 6"}}),
-    (367, {"table1": {}, "table2": {"x": "n = 367; a p99 needs 368", "x2": "n = 367; a p99 needs 368"},
+         "ablations": {"x": "n = 3; a change of the mean needs 6"}, "protocol": {"x2": "n = 3 a length; a median needs 6"}}),
+    (367, {"table1": {}, "table2": {"x": "n = 367 a length; a p99 needs 368", "x2": "n = 367 a length; a p99 needs 368"},
            "by_position": {}, "ablations": {}, "protocol": {}}),
     (368, dict.fromkeys(paperviews.FIGURES, {})),
 ])
