@@ -11,12 +11,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hybridlab import judging, ledger, papertables, paperviews, peerlab, peerwords, plots, published, records, schemas
+from hybridlab import (
+    committed,
+    judging,
+    ledger,
+    papertables,
+    paperviews,
+    peerlab,
+    peerwords,
+    plots,
+    published,
+    records,
+    schemas,
+)
 from hybridlab.config import RunConfig
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.judging import Evidence
 from hybridlab.ledger import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
+from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import row, schedule
 
 MIB = 2**20
@@ -380,11 +393,25 @@ def test_a_part_that_no_judge_reads_is_told_from_one_that_is_not_there() -> None
     assert lacks(old) == [f"{held} round trip of worker", f"{held} hand-over of worker"]
     assert lacks(old, on_cpu=False) == [f"{held} same tokens of worker / here", *lacks(old)]
     assert judged("ipc-token", old).why == f"not measured: {held} hand-over of worker"
-    assert judged("ipc-token", gaps("cached", "hybrid", lambda _: 1.0)).why == "not measured: part ipc is not in this run"
+    other = gaps("cached", "hybrid", lambda _: 7.0)
+    assert judged("ipc-token", other).why == "not measured: part ipc is not in this run"
     today = crossing(2.0, 2.0)
     assert lacks(today) == lacks(today, on_cpu=False) == []
-    assert lacks([one for one in today if one["metric"] != "hand-over"]) == [
-        "part ipc of this run holds gap of here; gap, round trip of worker; same tokens of worker / here, "
-        "but no hand-over of worker"]
-    assert lacks(gaps("cached", "hybrid", lambda _: 7.0)) == [], "parts that were not asked for are no fault"
+    held = "part ipc of this run holds gap of here; gap, round trip of worker; same tokens of worker / here, but no"
+    assert lacks([one for one in today if one["metric"] != "hand-over"]) == [f"{held} hand-over of worker"]
+    assert lacks(other) == [], "parts that were not asked for are no fault"
     assert lacks([row("ipc", arm="all", metric="clipped", value=64.0)]) == []
+
+
+def test_the_check_finds_a_committed_run_that_no_judge_reads(tmp_path: Path) -> None:
+    """A stale run whose files and tables are all in order would stay committed."""
+    old = [row("ipc", arm="unix socket", metric="round trip", value=0.1) for _ in range(20)]
+    for name, rows in (("r1", old), ("r2", crossing(2.0, 2.0))):
+        run = records.Run.create(PaperConfig(device="cpu", parts=("ipc",)), tmp_path / "data" / "runs", name)
+        run.append(rows)
+        run.finish("complete")
+    findings = committed.check(tmp_path)
+    held = "part ipc of this run holds round trip of unix socket, but no"
+    (wrong,) = findings.wrong
+    assert wrong.endswith(f"/r1: {held} round trip of worker; {held} hand-over of worker: record it again")
+    assert [line.partition(":")[0].rpartition("/")[2] for line in findings.checked] == ["r2"]

@@ -42,23 +42,27 @@ def few(n: int, arms: tuple[str, ...] = ("eager", "graph", "jit", "hybrid")) -> 
     return pd.DataFrame(found).assign(run_id="r1")
 
 
+TAIL = {"x": "n = 367 a length; a p99 needs 368", "x2": "n = 367 a length; a p99 needs 368"}
+
+
 @pytest.mark.parametrize(("n", "expected"), [
     (3, {"table1": {"x": "n = 3 a length; a median needs 6"},
-         "table2": {"x": "n = 3 a length; a p99 needs 368", "x2": "n = 3 a length; a p99 needs 368"},
+         "table2": {panel: words.replace("367", "3") for panel, words in TAIL.items()},
          "by_position": {"x": "n = 3; a median needs 6", "x2": "n = 3; a median needs 6"},
-         "ablations": {"x": "n = 3; a change of the mean needs 6"}, "protocol": {"x2": "n = 3 a length; a median needs 6"}}),
-    (367, {"table1": {}, "table2": {"x": "n = 367 a length; a p99 needs 368", "x2": "n = 367 a length; a p99 needs 368"},
-           "by_position": {}, "ablations": {}, "protocol": {}}),
-    (368, dict.fromkeys(paperviews.FIGURES, {})),
+         "ablations": {"x": "n = 3; a change of the mean needs 6"},
+         "protocol": {"x2": "n = 3 a length; a median needs 6"}}),
+    (367, {"table2": TAIL}), (368, {}),
 ])
 def test_a_panel_without_values_says_why(n: int, expected: dict[str, dict[str, str]], tmp_path: Path) -> None:
     """Axes around nothing, under a note that says they were measured."""
     for name, figure in paperviews.drawn(few(n), "run r1").items():
-        assert panels(figure) == {panel: [words] for panel, words in expected[name].items()}, name
-        for panel in expected[name]:
-            assert name == "ablations" or figure.layout[panel.replace("x", "yaxis")].tickvals == (), "numbers of nothing"
-        assert len(figure.layout.annotations) == 1 + len(expected[name]), "words over values"
-        if expected[name]:
+        why = expected.get(name, {})
+        assert panels(figure) == {panel: [words] for panel, words in why.items()}, name
+        for panel in why:
+            up = figure.layout[panel.replace("x", "yaxis")]
+            assert name == "ablations" or up.tickvals == (), "numbers of nothing"
+        assert len(figure.layout.annotations) == 1 + len(why), "words over values"
+        if why:
             assert plots.write(figure, tmp_path / name, ("svg",))[0].stat().st_size > 5000
 
 
