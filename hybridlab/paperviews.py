@@ -33,8 +33,10 @@ def table1(rows: pd.DataFrame, caption: str) -> go.Figure:
 def table2(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Table II as curves: measured P99 per token by generation length, with a KV cache, with the whole sequence
     recomputed, and the published points beside them."""
+    note = (f"Left and middle: of this run, P99 of the gaps of so many first tokens where n ≥ {stats.needed(0.99)}, "
+            "95 % intervals.")
     figure = _frame("Table II: P99 per token by generation length", caption, [[0, 0.27], [0.365, 0.635], [0.73, 1]],
-                    [f"Left and middle: of this run, where n ≥ {stats.needed(0.99)}; 95 % intervals."])
+                    [note])
     for number, part in enumerate(papertables.PARTS, 1):
         _lines(figure, by_length(rows, part, "p99"), number)
     _points(figure, "table2", 3)

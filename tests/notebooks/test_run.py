@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -359,9 +358,7 @@ def test_the_paper_notebook_runs_and_judges_every_claim(tmp_path: Path) -> None:
     """A reproduction without one of its parts, or whose ledger shows claims and no verdicts."""
     small = {"model": "tiny", "lengths": [10, 50], "generations": [4], "repeats": 1, "warmup": 1,
              "trace_requests": 2, "cost_lengths": [16], "calls": 1, "budget_s": 0.1, "device": "cpu"}
-    began = time.monotonic()
     done = notebooks.run(FOLDER / f"{PAPER}.ipynb", small, root=tmp_path / "runs", progress=False)
-    print(f"notebook 10 in {time.monotonic() - began:.0f} s")
     result = paperlab.PaperResult.open(done.run_path)
     assert (result.status, result.config.model, result.config.lengths) == ("complete", "tiny", (10, 50))
     assert set(result.rows["part"]) == set(result.config.parts) == set(PAPER_PARTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from hybridlab import (
     committed,
@@ -377,6 +379,10 @@ def test_the_ledger_counts_and_shows_every_claim(rows: pd.DataFrame) -> None:
     grid = ledger.grid(entries, "run r1")
     assert len(grid.rows) == len(CLAIMS)
     assert {line[2] for line in grid.rows} == set(ledger.VERDICTS)
+    console = Console(width=115, file=io.StringIO())  # as wide as a notebook is
+    console.print(grid.rich())
+    shown = console.file.getvalue()
+    assert shown.count(f"│ {NOT_TESTABLE} ") == sum(line[2] == NOT_TESTABLE for line in grid.rows)
     words = ledger.words(entries)
     for verdict in ledger.VERDICTS:
         assert f"{sum(entry.verdict == verdict for entry in entries)} are {verdict}" in words
