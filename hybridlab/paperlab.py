@@ -71,8 +71,8 @@ class PaperResult(experiment.Shown):
         return "\n".join(filter(None, words))
 
     def short(self) -> str:
-        """Which generation lengths have fewer gaps than were asked for, in words; empty where none has, and of a run that
-        failed, whose reason it is."""
+        """Which generation lengths have fewer gaps than were asked for, in words; empty where none has, and for a run
+        that failed, which has a reason of its own."""
         if self.status == "failed":
             return ""
         clipped, asked = self.rows[self.rows["metric"] == "clipped"], self.config.gaps
@@ -81,7 +81,8 @@ class PaperResult(experiment.Shown):
             out = set(clipped.loc[clipped["part"] == part, "tokens"])
             found = papersamples.short(self.rows, part, [n for n in self.config.generations if n not in out], asked)
             if found:
-                words.append(f"Part {part} ended early (budget_s = {self.config.budget_s:g}), with fewer than {asked} gaps an arm: "
+                words.append(f"Part {part} ended early (budget_s = {self.config.budget_s:g}), with fewer than {asked} "
+                             "gaps an arm: "
                              + ", ".join(f"{n} at {tokens} tokens" for tokens, n in found.items())
                              + f". A p99 needs {stats.needed(0.99)}.")
         return "\n".join(words)
