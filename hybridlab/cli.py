@@ -203,7 +203,8 @@ def reproduce(
     repeats: Annotated[int, option("Rounds of 05 or 10, at most; one is a TTFT of every arm and length.", min=1)] = 60,
     budget_s: Annotated[float, option("05, and each part of 10, starts no new round after this many seconds.",
                                       "--budget-s", min=1)] = 90.0,
-    paper: Annotated[bool, option("Instead: 10, the paper's tables, ablations and claims.", "--paper")] = False,
+    paper: Annotated[bool, option("Instead: 10, the paper's tables, ablations and claims; raise --budget-s "
+                                        "where its reading says that a part ended early.", "--paper")] = False,
     runs: Runs = None,
     publish: Annotated[bool, option("Copy the finished ablation to data/runs/ and redraw the committed figures "
                                      "from committed rows.", "--publish")] = False,

@@ -147,8 +147,11 @@ def _check_run(path: Path, name: str, findings: Findings) -> None:
     except HybridlabError as error:
         findings.wrong.append(f"run {name}: {error}")
         return
+    lacks = PaperResult(recorded).lacks() if recorded.kind == PaperResult.kind else []
     if recorded.status != "complete":
         findings.wrong.append(f"run {name}: status is {recorded.status}: {recorded.reason}")
+    elif lacks:
+        findings.wrong.append(f"run {name}: {'; '.join(lacks)}: record it again")
     else:
         findings.checked.append(f"run {name}: complete, {len(recorded.rows)} rows, sha256 of every file as recorded")
 

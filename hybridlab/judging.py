@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 
 from hybridlab import published, stats
-from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import StatisticsError
+from hybridlab.papersamples import TIMED, at_length, by_length, holds
 from hybridlab.stats import Estimate
 
 KEYS = ["round", "tokens", "position", "index"]  # what two arms of one part share
-TIMED = ("ttft", "gap")
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,10 @@ class Finding:
 
 
 Judge = Callable[..., Finding]
+
+
+class Absent(StatisticsError):
+    """A part of the run holds nothing of what a judge asks of it."""
 
 
 def reduction(evidence: Evidence, *, part: str, arm: str, base: str, statistic: str, cell: Sequence[Any],
@@ -207,29 +210,6 @@ JUDGES: dict[str, Judge] = {judge.__name__: judge for judge in (
     retained, absolute, within, split)}
 
 
-def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
-    """Arm, tokens and the median or p99 of each cell of a part that has enough values: of first tokens by prompt
-    length; of gaps by generation length, asked for or the paper's, those of its first tokens, whichever request of at
-    least that length they are of."""
-    own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
-    gaps = bool((own["metric"] == "gap").any())
-    q, found = {"median": 0.5, "p99": 0.99}[statistic], []
-    for arm in own["arm"].drop_duplicates():
-        mine = own[own["arm"] == arm]
-        for tokens in generations(mine) if gaps else sorted(set(mine["tokens"])):
-            cell = mine[(mine["tokens"] >= tokens) & (mine["index"] < tokens)] if gaps else mine[
-                mine["tokens"] == tokens]
-            if len(cell) >= stats.needed(q):
-                found.append((str(arm), int(tokens), stats.quantile(cell["value"], q)))
-    return found
-
-
-def generations(gaps: pd.DataFrame) -> list[int]:
-    """The lengths that the gaps can speak of: those asked for, and of the paper's those not beyond the longest."""
-    asked = {int(tokens) for tokens in gaps["tokens"]}
-    return sorted(asked | {tokens for tokens in PAPER_LENGTHS if tokens <= max(asked)})
-
-
 def percent(found: Estimate) -> str:
     return f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}], n = {found.n:,}"
 
@@ -261,19 +241,20 @@ def _disturbance(evidence: Evidence, arm: str) -> Estimate:
 
 def _own(evidence: Evidence, part: str, arm: str, metric: str | None = None) -> pd.DataFrame:
     stats.one_run(evidence.rows)
-    rows = evidence.rows
-    own = rows[(rows["part"] == part) & (rows["arm"] == arm)
-               & (rows["metric"].isin(TIMED) if metric is None else rows["metric"] == metric)]
-    _require(len(own), f"no rows of {arm} in part {part} of this run")
+    held = evidence.rows[(evidence.rows["part"] == part) & (evidence.rows["metric"] != "clipped")]
+    _require(len(held), f"part {part} is not in this run")
+    own = held[(held["arm"] == arm) & held["metric"].isin(TIMED if metric is None else [metric])]
+    if not len(own):
+        raise Absent(f"not measured: part {part} of this run holds {holds(held)}, but no {metric or 'times'} of {arm}")
     return own
 
 
 def _at(evidence: Evidence, part: str, arm: str, tokens: int, metric: str | None = None) -> pd.DataFrame:
     """The rows at one prompt length; of gaps those of the first `tokens` tokens, of requests that were so long."""
-    own = _own(evidence, part, arm, metric)
-    gaps = bool((own["metric"] == "gap").any())
-    own = own[(own["tokens"] >= tokens) & (own["index"] < tokens)] if gaps else own[own["tokens"] == tokens]
-    _require(len(own), f"{tokens} tokens are not in part {part} of this run")
+    held = _own(evidence, part, arm, metric)
+    own = at_length(held, tokens)
+    there = ", ".join(map(str, sorted(set(held["tokens"]))))
+    _require(len(own), f"{tokens} tokens are not in part {part} of this run, which holds {there}")
     return own
 
 

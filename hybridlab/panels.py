@@ -51,6 +51,17 @@ def axes(figure: go.Figure, number: int, across: list[float], up: list[float], *
                           f"yaxis{end}": {**plots.AXIS, "anchor": f"x{end}", "domain": up, **(y or {})}})
 
 
+def empty(figure: go.Figure, number: int, words: str) -> None:
+    """Say in panel `number` why nothing is drawn there; its axes lose the numbers, which would belong to no value."""
+    across, up = (figure.layout[f"{letter}axis{no(number)}"] for letter in "xy")
+    figure.add_annotation(text=plots.escape(words), x=sum(across.domain) / 2, y=sum(up.domain) / 2, xref="paper",
+                          yref="paper", xanchor="center", yanchor="middle", showarrow=False,
+                          font={"size": 12, "color": figure.layout.annotations[0].font.color})
+    for axis in (across, up):
+        if axis.ticktext is None:
+            axis.tickvals, axis.ticktext = [], []
+
+
 def switch(figure: go.Figure, owners: Sequence[str], layouts: Mapping[str, Mapping[str, object]], first: str) -> None:
     """Buttons, a menu where their names need more than a line; each shows the traces it owns, `first` at once."""
     figure.update_layout(title_subtitle_text=layouts[first]["title.subtitle.text"])

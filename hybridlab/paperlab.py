@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridlab import experiment, judging, ledger, models, names, papercosts, papertables
+import pandas as pd
+
+from hybridlab import experiment, judging, ledger, models, names, papercosts, papersamples, papertables, stats
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
 from hybridlab.paperconfig import PaperConfig
@@ -33,11 +35,18 @@ class PaperResult(experiment.Shown):
     def ledger(self, peers: Path | str | None = None) -> list[ledger.Entry]:
         """Every claim with its verdict, judged now, from rows. `peers`: a recorded run of other engines; None takes the
         latest beside this run that is of the same model, if there is one."""
-        return ledger.judge(judging.Evidence(
-            rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
-            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""),
-            peers=ledger.peers_of(self.path, self.config.model) if peers is None
+        return ledger.judge(self._evidence(
+            ledger.peers_of(self.path, self.config.model) if peers is None
             else ledger.read_peers(Path(peers), self.config.model)))
+
+    def lacks(self) -> list[str]:
+        """What today's judges ask of parts of this run and do not find there, see `ledger.lacks`."""
+        return ledger.lacks(self._evidence(None))
+
+    def _evidence(self, peers: pd.DataFrame | None) -> judging.Evidence:
+        return judging.Evidence(
+            rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
+            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""), peers=peers)
 
     def grid(self, name: str) -> Grid:
         """A table of `papertables.GRIDS`, or the ledger."""
@@ -55,11 +64,28 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
+        words = [papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "times on a GPU are not judged by them.")
         return "\n".join(filter(None, words))
+
+    def short(self) -> str:
+        """Which generation lengths have fewer gaps than were asked for, in words; empty where none has, and for a run
+        that failed, which has a reason of its own."""
+        if self.status == "failed":
+            return ""
+        clipped, asked = self.rows[self.rows["metric"] == "clipped"], self.config.gaps
+        words = []
+        for part in papertables.PARTS:
+            out = set(clipped.loc[clipped["part"] == part, "tokens"])
+            found = papersamples.short(self.rows, part, [n for n in self.config.generations if n not in out], asked)
+            if found:
+                words.append(f"Part {part} ended early (budget_s = {self.config.budget_s:g}), with fewer than {asked} "
+                             "gaps an arm: "
+                             + ", ".join(f"{n} at {tokens} tokens" for tokens, n in found.items())
+                             + f". A p99 needs {stats.needed(0.99)}.")
+        return "\n".join(words)
 
 
 def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = None,
@@ -80,7 +106,8 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
             for rows in _parts(arms):
                 target.append(rows)
             target.finish("complete")
-            report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
+            report("; ".join([f"run {target.path.name}: complete",  # what stays in a notebook
+                              *(f"{part}: {words}" for part, words in arms.ended.items())]), 1, 1)
     return PaperResult.open(target.path)
 
 

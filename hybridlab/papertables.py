@@ -14,7 +14,8 @@ import pandas as pd
 from hybridlab import published, stats, tallies
 from hybridlab.errors import StatisticsError
 from hybridlab.firstcalls import FIRST
-from hybridlab.judging import KEYS, by_length, generations
+from hybridlab.judging import KEYS
+from hybridlab.papersamples import by_length, generations
 from hybridlab.report import NONE, Grid, number
 from hybridlab.stats import Estimate
 
@@ -72,17 +73,17 @@ def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFra
 
 
 def effects(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line an ablation that the rows allow: what, mean and tail (Estimate of the relative increase of mean and p99,
-    tail None where n does not allow one), and published (a fraction, None where none is)."""
+    """One line an ablation that the rows allow: what, n, mean and tail (Estimate of the relative increase of mean and
+    p99, None where n does not allow one), and published (a fraction, None where none is)."""
     found = []
     for what, part, ablated, base, cell in ABLATIONS:
         own, other = (rows[(rows["part"] == part) & (rows["arm"] == arm) & rows["metric"].isin(["ttft", "gap"])]
                       for arm in (ablated, base))
         if len(own) and len(other):
-            found.append({"what": what, "mean": _change(own, other, "mean"), "tail": _change(own, other, "p99"),
-                          "published": published.value(cell) if cell else None,
+            found.append({"what": what, "n": min(len(own), len(other)), "mean": _change(own, other, "mean"),
+                          "tail": _change(own, other, "p99"), "published": published.value(cell) if cell else None,
                           "source": published.source(cell) if cell else ""})
-    return pd.DataFrame(found, columns=["what", "mean", "tail", "published", "source"], dtype=object)
+    return pd.DataFrame(found, columns=["what", "n", "mean", "tail", "published", "source"], dtype=object)
 
 
 def ablations(rows: pd.DataFrame, caption: str) -> Grid:

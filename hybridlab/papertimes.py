@@ -61,6 +61,7 @@ class Arms:
     """The arms of a reproduction over one loaded model, warmed up and then sealed: no timed request captures.
 
     `lengths` and `generations` are those of the config that fit the model's context; `clipped` are rows of the others.
+    `ended`: for parts that the budget ended, after how many requests, in words.
     Raises: PromptError when no length or no generation fits, ConfigError for buckets that are no ladder.
     """
 
@@ -86,6 +87,7 @@ class Arms:
         self.max_len = min(-(-longest // 64) * 64, context)
         ladder(config.buckets, self.max_len)  # refuses what is none before anything is written
         self.prompts = measure.prompts(model, {*self.lengths, START}, config.seed)
+        self.ended: dict[str, str] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Arms:
@@ -161,21 +163,23 @@ class Arms:
         yield from self._rounds("recomputed", self._whole, self._recomputed)
 
     def _rounds(self, part: str, arms: Sequence[str], serve: Any) -> Iterator[list[Row]]:
-        """One round is always made, further ones while the budget lasts; the requests come in random order, so that a
-        budget that ends early leaves some gaps of every length."""
+        """One round is always made, further ones while the budget lasts, the longest first: its gaps count for all
+        shorter lengths, so that a budget that ends early takes from the shortest alone. Arms come in random order."""
         asked, started = schedule(self.generations, self.config.gaps), time.monotonic()
         rng = np.random.default_rng([self.config.seed, len(part)])
-        for done, place in enumerate(rng.permutation(len(asked))):
+        for done, tokens in enumerate(asked):
             if done and time.monotonic() - started >= self.config.budget_s:
+                self.ended[part] = f"{done} of {len(asked)} requests in its budget of {self.config.budget_s:g} s"
+                self.report(f"{part}: {self.ended[part]}", done, done)  # nothing more comes: what a log always shows
                 return
-            self.report(f"{part}, {asked[place]} tokens", done, len(asked))
+            self.report(f"{part}, {tokens} tokens", done, len(asked))
             found: list[Row] = []
             with measure.frozen_heap():
                 for number in rng.permutation(len(arms)):
                     name = arms[number]
                     with measure.quiet_collector():
-                        found += [row(part, arm=name, round=done, request=done, tokens=asked[place], **one)
-                                  for one in serve(name, asked[place])]
+                        found += [row(part, arm=name, round=done, request=done, tokens=tokens, **one)
+                                  for one in serve(name, tokens)]
             yield found
 
     def _continued(self, name: str, count: int) -> Iterator[Row]:

@@ -11,11 +11,12 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybridlab import looks, panels, papertables, plots, published
-from hybridlab.judging import by_length
+from hybridlab import looks, panels, papertables, plots, published, stats
+from hybridlab.papersamples import NOT_MEASURED, TIMED, by_length, few, needs
 from hybridlab.stats import Estimate
 
 PUBLISHED = {"Hybrid": "triangle-down", "TensorRT-LLM": "x", "HuggingFace eager": "cross"}  # no arm has these symbols
+UNPUBLISHED = "nothing published"
 INK, HEIGHT = "#7A3E9D", 330                                                               # px
 
 
@@ -26,19 +27,21 @@ def table1(rows: pd.DataFrame, caption: str) -> go.Figure:
     _lines(figure, by_length(rows, "ttft", "median"), 1)
     _points(figure, "table1", 2)
     _titles(figure, ["measured here: TTFT, median (ms)", "published: TTFT (ms)"], "prompt tokens")
-    return _done(figure)
+    return _done(figure, [few(rows, "ttft", "median"), UNPUBLISHED])
 
 
 def table2(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Table II as curves: measured P99 per token by generation length, with a KV cache, with the whole sequence
     recomputed, and the published points beside them."""
+    note = (f"Left and middle: of this run, P99 of the gaps of so many first tokens where n ≥ {stats.needed(0.99)}, "
+            "95 % intervals.")
     figure = _frame("Table II: P99 per token by generation length", caption, [[0, 0.27], [0.365, 0.635], [0.73, 1]],
-                    ["Left and middle: measured in this run, P99 of the gaps of so many first tokens, 95 % intervals."])
+                    [note])
     for number, part in enumerate(papertables.PARTS, 1):
         _lines(figure, by_length(rows, part, "p99"), number)
     _points(figure, "table2", 3)
     _titles(figure, ["KV cache: P99 (ms)", "whole sequence: P99 (ms)", "published: P99 (ms)"], "new tokens")
-    return _done(figure)
+    return _done(figure, [*(few(rows, part, "p99") for part in papertables.PARTS), UNPUBLISHED])
 
 
 def by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
@@ -50,7 +53,7 @@ def by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
         _lines(figure, [(one.arm, one.position, Estimate(one.p50, one.p50_low, one.p50_high, one.n))
                         for one in table.itertuples()], number)
     _titles(figure, ["KV cache: median (ms)", "whole sequence: median (ms)"], "position of the token")
-    return _done(figure)
+    return _done(figure, [needs(_most(rows[rows["part"] == part]), "median") for part in papertables.PARTS])
 
 
 def ablations(rows: pd.DataFrame, caption: str) -> go.Figure:
@@ -70,7 +73,7 @@ def ablations(rows: pd.DataFrame, caption: str) -> go.Figure:
                          yaxis2={**ticks, "ticktext": [""] * len(table)},
                          xaxis_title_text="measured here: increase of the mean (%)",
                          xaxis2={"title": {"text": "published: increase (%)"}, "range": [0, 33]})
-    return _done(figure)
+    return _done(figure, [needs(int(table["n"].max()) if len(table) else 0, "change of the mean"), UNPUBLISHED])
 
 
 def protocol(rows: pd.DataFrame, caption: str) -> go.Figure:
@@ -89,7 +92,7 @@ def protocol(rows: pd.DataFrame, caption: str) -> go.Figure:
     if cold:
         values = [found.value for _, _, found in cold]
         figure.update_layout(yaxis=panels.log(min(values), max(found.high for _, _, found in cold)))
-    return _done(figure)
+    return _done(figure, [NOT_MEASURED, few(rows[rows["arm"].isin(arms)], "ttft", "median")])
 
 
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[pd.DataFrame, str], go.Figure]]] = {  # name: (parts, how)
@@ -139,6 +142,11 @@ def _points(figure: go.Figure, table: str, number: int) -> None:
             hovertemplate=f"published, {system}, %{{x}} tokens: %{{y}} ms (%{{customdata}})<extra></extra>")
 
 
+def _most(own: pd.DataFrame) -> int:
+    """The most timed values of an arm."""
+    return int(own.loc[own["metric"].isin(TIMED), "arm"].value_counts().max()) if len(own) else 0
+
+
 def _effect(figure: go.Figure, place: int, found: Estimate, what: str) -> None:
     value, low, high = 100 * found.value, 100 * found.low, 100 * found.high
     figure.add_scatter(x=[value], y=[place], mode="markers", name="measured here", legendgroup="measured",
@@ -163,5 +171,9 @@ def _titles(figure: go.Figure, up: Sequence[str], across: str) -> None:
                               f"yaxis{end}": {"title": {"text": title}, "range": [0, 1.1 * max(tops, default=1.0)]}})
 
 
-def _done(figure: go.Figure) -> go.Figure:
+def _done(figure: go.Figure, why: Sequence[str]) -> go.Figure:
+    """The finished figure; a panel without values says why, in the words given for it, and its axes have no numbers."""
+    for number, words in enumerate(why, 1):
+        if all((trace.yaxis or "y") != _panel(number)["yaxis"] for trace in figure.data):
+            panels.empty(figure, number, words)
     return panels.legend(looks.one_entry_an_arm(figure))

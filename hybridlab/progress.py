@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]  # (what, done, total)
-EVERY_S = 10.0                            # between two lines of progress in a log
+EVERY_S = 10.0                            # between two lines of progress in a log; what ends work is always said
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def _log_line(every_s: float) -> Report:
     last = [float("-inf")]
 
     def report(what: str, done: int, total: int) -> None:
-        if time.monotonic() - last[0] >= every_s:
+        if done >= total or time.monotonic() - last[0] >= every_s:
             last[0] = time.monotonic()
             log.info(what)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NONE = "–"
 WHOLE = 24  # letters in the first column of a table; longer names are broken after commas
+PROSE = 72  # and what is longer is a sentence
 WORDS = {"ttft": "time to first token", "itl": "gap between tokens"}
 METRICS = tuple(WORDS)
 LIMIT = ("Limit: the least time for the bytes and FLOPs of a step at the read and matrix rates measured in the same "
@@ -44,16 +45,19 @@ class Grid:
         return f"{table}\n\n{_escape(self.title)}. {_escape(self.note)}\n"
 
     def rich(self) -> Table:
-        """The same for a terminal."""
+        """The same for a terminal. A first column of sentences is wrapped like the others, which keep their room."""
         from rich.markup import escape
         from rich.table import Table
 
+        prose = any(len(first) > PROSE for first, *_ in self.rows)
         table = Table(title=escape(self.title), caption=escape(self.note), title_justify="left",
-                      caption_justify="left")
+                      caption_justify="left", show_lines=prose)
         for index, name in enumerate(self.header):
-            table.add_column(escape(name), justify="right" if index else "left", no_wrap=not index)
+            table.add_column(escape(name), justify="right" if index and not prose else "left",
+                             no_wrap=not index and not prose)
         for first, *row in self.rows:
-            table.add_row(escape(first.replace(", ", ",\n") if len(first) > WHOLE else first), *map(escape, row))
+            broken = first.replace(", ", ",\n") if len(first) > WHOLE and not prose else first
+            table.add_row(escape(broken), *map(escape, row))
         return table
 
 

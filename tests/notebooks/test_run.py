@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import nbformat
 import numpy as np
 import pytest
 
-from hybridlab import answers, kernelanswers, notebooks, paperlab, records
+from hybridlab import answers, kernelanswers, notebooks, paperlab, published, records
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
+from hybridlab.ledger import VERDICTS
+from hybridlab.paperconfig import PAPER_PARTS
 from tests.helpers import alive, wait_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -352,17 +355,43 @@ def test_the_kernel_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_paper_notebook_runs_and_judges_every_claim(tmp_path: Path) -> None:
-    """A reproduction whose ledger is empty, or judged from something else than the rows that it recorded."""
-    small = {"model": "random:tiny-llama-3", "lengths": [5, 30], "generations": [4], "repeats": 1, "warmup": 1,
+    """A reproduction without one of its parts, or whose ledger shows claims and no verdicts."""
+    small = {"model": "tiny", "lengths": [5, 10], "generations": [4], "repeats": 1, "warmup": 1,  # all of one bucket
              "trace_requests": 2, "cost_lengths": [16], "calls": 1, "budget_s": 0.1, "device": "cpu"}
     done = notebooks.run(FOLDER / f"{PAPER}.ipynb", small, root=tmp_path / "runs", progress=False)
     result = paperlab.PaperResult.open(done.run_path)
-    assert (result.status, result.config.lengths) == ("complete", (5, 30))
-    assert set(result.rows["part"]) == set(result.config.parts)
-    said = " ".join(str(output.get("data", {}).get("text/plain", output.get("text", "")))
-                    for cell in nbformat.read(done.path, as_version=4).cells for output in cell.get("outputs", ()))
+    assert (result.status, result.config.model, result.config.lengths) == ("complete", "tiny", (5, 10))
+    assert set(result.rows["part"]) == set(result.config.parts) == set(PAPER_PARTS)
+    assert set(result.rows.loc[result.rows["part"] == "ipc", "arm"]) == {"here", "worker", "worker / here"}
+    assert result.lacks() == []
+    said = said_in(done.path)
     assert result.reading().splitlines()[0] in said
+    ledger = cells_of(said[said.index("Claims · run"):])
+    assert [row[0] for row in ledger] == [claim.words for claim in published.claims()]
+    assert [row[2] for row in ledger] == [entry.verdict for entry in result.ledger()]
+    assert {row[2] for row in ledger} <= set(VERDICTS)
     require_figures(done.path)
+
+
+def said_in(path: Path) -> str:
+    """All text that the cells of an executed notebook put out, without colours."""
+    said = (str(output.get("data", {}).get("text/plain", output.get("text", "")))
+            for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ()))
+    return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(said))
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The rows of the first table in a text that has lines between them; words of a cell joined by blanks."""
+    rows, lines = [], list[list[str]]()
+    for line in text.splitlines():
+        if line.startswith("│"):
+            lines.append([cell.strip() for cell in line[1:-1].split("│")])
+        elif line.startswith(("├", "└")):
+            rows.append([" ".join(filter(None, cell)) for cell in zip(*lines, strict=True)])
+            lines = []
+        if line.startswith("└"):
+            break
+    return rows
 
 
 def figures_of(path: Path) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,27 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
-from hybridlab import judging, ledger, papertables, paperviews, peerlab, peerwords, plots, published, records, schemas
+from hybridlab import (
+    committed,
+    judging,
+    ledger,
+    papertables,
+    paperviews,
+    peerlab,
+    peerwords,
+    plots,
+    published,
+    records,
+    schemas,
+)
 from hybridlab.config import RunConfig
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import ConfigError, RunError
 from hybridlab.judging import Evidence
 from hybridlab.ledger import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
+from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import row, schedule
 
 MIB = 2**20
@@ -364,7 +379,45 @@ def test_the_ledger_counts_and_shows_every_claim(rows: pd.DataFrame) -> None:
     grid = ledger.grid(entries, "run r1")
     assert len(grid.rows) == len(CLAIMS)
     assert {line[2] for line in grid.rows} == set(ledger.VERDICTS)
+    console = Console(width=115, file=io.StringIO())  # as wide as a notebook is
+    console.print(grid.rich())
+    shown = console.file.getvalue()
+    assert shown.count(f"│ {NOT_TESTABLE} ") == sum(line[2] == NOT_TESTABLE for line in grid.rows)
     words = ledger.words(entries)
     for verdict in ledger.VERDICTS:
         assert f"{sum(entry.verdict == verdict for entry in entries)} are {verdict}" in words
     assert set(judging.JUDGES) == {claim.judge for claim in CLAIMS.values()}, "a judge that decides nothing"
+
+
+def test_a_part_that_no_judge_reads_is_told_from_one_that_is_not_there() -> None:
+    """A run of yesterday, whose rows today's judges pass over as if nothing had been measured."""
+    def lacks(rows: list[Any], on_cpu: bool = True) -> list[str]:
+        return ledger.lacks(Evidence(pd.DataFrame(rows).assign(run_id="r1"), "r1", on_cpu, "tiny", ""))
+
+    old = [row("ipc", arm="unix socket", metric="round trip", value=0.1) for _ in range(20)]
+    held = "part ipc of this run holds round trip of unix socket, but no"
+    assert lacks(old) == [f"{held} round trip of worker", f"{held} hand-over of worker"]
+    assert lacks(old, on_cpu=False) == [f"{held} same tokens of worker / here", *lacks(old)]
+    assert judged("ipc-token", old).why == f"not measured: {held} hand-over of worker"
+    other = gaps("cached", "hybrid", lambda _: 7.0)
+    assert judged("ipc-token", other).why == "not measured: part ipc is not in this run"
+    today = crossing(2.0, 2.0)
+    assert lacks(today) == lacks(today, on_cpu=False) == []
+    held = "part ipc of this run holds gap of here; gap, round trip of worker; same tokens of worker / here, but no"
+    assert lacks([one for one in today if one["metric"] != "hand-over"]) == [f"{held} hand-over of worker"]
+    assert lacks(other) == [], "parts that were not asked for are no fault"
+    assert lacks([row("ipc", arm="all", metric="clipped", value=64.0)]) == []
+
+
+def test_the_check_finds_a_committed_run_that_no_judge_reads(tmp_path: Path) -> None:
+    """A stale run whose files and tables are all in order would stay committed."""
+    old = [row("ipc", arm="unix socket", metric="round trip", value=0.1) for _ in range(20)]
+    for name, rows in (("r1", old), ("r2", crossing(2.0, 2.0))):
+        run = records.Run.create(PaperConfig(device="cpu", parts=("ipc",)), tmp_path / "data" / "runs", name)
+        run.append(rows)
+        run.finish("complete")
+    findings = committed.check(tmp_path)
+    held = "part ipc of this run holds round trip of unix socket, but no"
+    (wrong,) = findings.wrong
+    assert wrong.endswith(f"/r1: {held} round trip of worker; {held} hand-over of worker: record it again")
+    assert [line.partition(":")[0].rpartition("/")[2] for line in findings.checked] == ["r2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import msgspec
 import pandas as pd
 import pytest
 
-from hybridlab import children, crossing, experiment, firstcalls, models, paperlab, papertables, papertimes, records
+from hybridlab import (
+    children,
+    crossing,
+    experiment,
+    firstcalls,
+    models,
+    paperlab,
+    papertables,
+    papertimes,
+    progress,
+    records,
+    stats,
+)
 from hybridlab.errors import ConfigError, MeasureError, ModelError, PromptError, RunError
 from hybridlab.paperconfig import PAPER_PARTS, PaperConfig
 
@@ -200,3 +213,38 @@ def test_two_processes_are_compared_turn_by_turn(monkeypatch: pytest.MonkeyPatch
     assert [row[0] for row in grid.rows] == ["round trip", "hand-over", "same tokens", "first token", "gap"]
     assert grid.rows[0][1] == "–"
     assert grid.rows[4][2].endswith(" ms")
+
+
+def test_a_budget_that_ends_first_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                          result: paperlab.PaperResult) -> None:
+    """A table without its p99, and not a word that more time would have brought it."""
+    said: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(paperlab, "reporter", lambda _: contextlib.nullcontext(lambda *line: said.append(line)))
+    found = paperlab.run(CONFIG | {"parts": ["cached", "recomputed"], "budget_s": 1e-6}, root=tmp_path)
+    words = f"1 of {len(papertimes.schedule((4, 7), 12))} requests in its budget of 1e-06 s"
+    for part in ("cached", "recomputed"):
+        own = found.rows[found.rows["part"] == part]
+        assert set(own["tokens"]) == {7}, "the longest comes first: its gaps count for all lengths"
+        assert own.groupby("arm")["round"].unique().map(list).map(tuple).unique().tolist() == [(0,)]
+        assert (f"Part {part} ended early (budget_s = 1e-06), with fewer than 12 gaps an arm: 3 at 4 tokens, "
+                "6 at 7 tokens. A p99 needs 368.") in found.reading()
+        assert (f"{part}: {words}", 1, 1) in said
+    assert said[-1][0] == f"run {found.run_id}: complete; cached: {words}; recomputed: {words}"
+    assert result.short() == "", "a budget that was enough"
+
+
+def test_the_defaults_carry_a_p99_at_every_length() -> None:
+    """Table II with holes, whatever the budget."""
+    config = PaperConfig()
+    asked = papertimes.schedule(config.generations, config.gaps)
+    assert all(sum(length - 1 for one in asked if one >= length) >= stats.needed(0.99)
+               for length in config.generations)
+
+
+def test_the_last_line_of_a_log_is_not_the_one_that_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A log shows a line now and then; that work is over, and how, would be missing from it."""
+    with caplog.at_level("INFO", logger="hybridlab.progress"):
+        report = progress._log_line(every_s=3600)
+        for line in (("first", 0, 3), ("second", 1, 3), ("over", 3, 3)):
+            report(*line)
+    assert caplog.messages == ["first", "over"]

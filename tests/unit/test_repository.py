@@ -30,7 +30,7 @@ LEVELS = (
      "tuning", "events", "children", "handover"),
     ("engines", "paperconfig", "published", "started"),
     ("environment", "cells", "names", "workload", "tallies", "kerneltables", "tails", "steadiness", "growth", "limits",
-     "kineto", "nsys", "gaps"),
+     "kineto", "nsys", "gaps", "papersamples"),
     ("kernels", "records", "models", "request", "parameters", "frames", "sampling", "readback", "plan", "telemetry"),
     ("outlines", "link", "experts", "tape", "plots", "policies", "costs", "restarts", "perfetto", "store", "sweeps",
      "export"),
