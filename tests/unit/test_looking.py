@@ -44,7 +44,7 @@ liveprocess.main()
 def test_no_paint_lies_in_a_held_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A paint that is late still runs when the round begins that is to be compared with it, and the ratio is 1."""
     monkeypatch.setattr(session, "COMMAND", (sys.executable, "-c", PROGRAM))
-    explorer = Explorer({"model": "tiny", "device": "cpu", "arms": ["eager"], "repeats": 6, "new_tokens": 16})
+    explorer = Explorer({"model": "tiny", "device": "cpu", "arms": ["eager"], "repeats": 4, "new_tokens": 16})
     paints = list[tuple[float, float]]()
 
     def paint(session: Session | None) -> None:
@@ -61,9 +61,9 @@ def test_no_paint_lies_in_a_held_round(monkeypatch: pytest.MonkeyPatch) -> None:
         spans[number in held].append((min(times), max(times)))
     within = {kind: sum(start < until and end > begin for begin, until in each for start, end in paints)
               for kind, each in spans.items()}
-    assert len(spans[True]) == len(spans[False]) == 3
+    assert len(spans[True]) == len(spans[False]) == 2
     assert within[True] == 0
-    assert within[False] >= 3
+    assert within[False] >= 1
     explorer.close()
 
 
