@@ -257,8 +257,8 @@ def test_stop_raises_nothing_however_slow_the_page_is(explorer: Explorer, monkey
     monkeypatch.setattr(explorer, "_paint", paint)
     explorer.controls["repeats"].value = 7
     assert explorer.start()
-    go_on.set()
     explorer.wait()
+    go_on.set()
     assert late is not None
     late.join(60)
     assert "done: 224 of 224 tokens" in explorer.status.value
