@@ -1,8 +1,8 @@
 """Processes of our own code: in a session of their own, none of it left behind, ended with their parent.
 
-A `Child` is the parent's side; `end_with`, `asked`, `told` and `channel` are the process's own. What the two say is theirs:
-frames over a socket (`link`), questions and answers in JSON (`conversation`), a run told as it goes (`session`), or
-files in the run store (`jobs`, `restarts`).
+A `Child` is the parent's side; `end_with`, `asked`, `told` and `channel` are the process's own. What the two say is
+theirs: frames over a socket (`link`), questions and answers in JSON (`conversation`), a run told as it goes
+(`session`), or files in the run store (`jobs`, `restarts`).
 """
 
 from __future__ import annotations
