@@ -1,8 +1,8 @@
 """Processes of our own code: in a session of their own, none of it left behind, ended with their parent.
 
-A `Child` is the parent's side; `end_with`, `asked` and `channel` are the process's own. What the two say is theirs:
-frames over a socket (`link`), questions and answers in JSON (`conversation`), a run told as it goes (`session`), or
-files in the run store (`jobs`, `restarts`).
+A `Child` is the parent's side; `end_with`, `asked`, `told` and `channel` are the process's own. What the two say is
+theirs: frames over a socket (`link`), questions and answers in JSON (`conversation`), a run told as it goes
+(`session`), or files in the run store (`jobs`, `restarts`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Child:
     def __init__(self, command: Sequence[str], fds: Iterable[int] = (), stdout: int | IO[Any] = subprocess.DEVNULL,
                  environment: Mapping[str, str] | None = None) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
+        self._line = threading.Lock()  # one thread may tell while another ends it
         try:
             self._process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=stdout, stderr=self._said,
@@ -78,15 +79,18 @@ class Child:
         """One line on its stdin. One that is gone hears nothing, which is for its end to explain. Raises: TimeoutError
         for one that does not listen."""
         assert self._process.stdin is not None
-        stdin, left, deadline = self._process.stdin.fileno(), line + b"\n", time.monotonic() + within_s
-        os.set_blocking(stdin, False)
-        ready = select.poll()
-        ready.register(stdin, select.POLLOUT)
-        with suppress(BrokenPipeError):
-            while left:
-                if not ready.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-                    raise TimeoutError
-                left = left[os.write(stdin, left):]
+        with self._line:
+            if self._process.stdin.closed:
+                return
+            stdin, left, deadline = self._process.stdin.fileno(), line + b"\n", time.monotonic() + within_s
+            os.set_blocking(stdin, False)
+            ready = select.poll()
+            ready.register(stdin, select.POLLOUT)
+            with suppress(BrokenPipeError):
+                while left:
+                    if not ready.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                        raise TimeoutError
+                    left = left[os.write(stdin, left):]
 
     def running(self, wait_s: float = 0.0) -> bool:
         """Whether it still runs after at most `wait_s`."""
@@ -118,8 +122,9 @@ class Child:
             self.running(patience_s)
             self.kill()
             self.running(GONE_S)
-            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-                pipe.close()
+            with self._line:
+                for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                    pipe.close()
             self.words = self._ending()
             self._said.close()
         return self.words
@@ -188,6 +193,13 @@ def asked(decode: Callable[[str], Any]) -> Any:
     """What the first line of stdin asks this process for; from now on it ends with its parent."""
     end_with(os.getppid())
     return decode(sys.stdin.readline())
+
+
+def told(within_s: float) -> bool:
+    """Whether a further line comes on stdin in time. It says no more than that it came."""
+    line = select.poll()
+    line.register(0, select.POLLIN)
+    return bool(line.poll(within_s * 1e3)) and sys.stdin.readline() != ""
 
 
 def channel() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any
 
 import anywidget
 import ipywidgets
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import traitlets
@@ -23,10 +25,13 @@ from hybridlab.config import ARMS, COMPILING, POLICIES, REPLAYING
 from hybridlab.errors import HybridlabError, MeasureError
 from hybridlab.names import KNOWN
 from hybridlab.session import Row, Session, checked
+from hybridlab.stats import Estimate
 
-EVERY_S = 0.25     # between two changes of the page
+EVERY_S = 0.25     # between two changes of the page, at least
+RESTS = 4          # times as long as the last change took, at least: a long run must not cost its machine a core
+SETTLE_S = 0.5     # for a browser to draw what it was told, before a round that is left alone begins
 LONGEST_S = 86400  # that a run may last
-PATIENCE_S = 30.0  # from the end of its process until the page has followed
+PATIENCE_S = 30.0  # that a stop waits for the page to follow
 UNSAID = "Controls for a live run: they need a running notebook. Nothing was run by showing them."
 DEFAULTS: dict[str, Any] = {
     "model": "tiny", "arms": ["eager", "hybrid"], "policy": "whole", "kernels": "torch", "new_tokens": 32,
@@ -65,6 +70,7 @@ class Explorer:
         self.session: Session | None = None
         self._lock = threading.RLock()
         self._painter: threading.Thread | None = None
+        self._ratios: dict[str, Estimate] = {}
         self._arms, self._theme = list(given["arms"]), theme
         # Traces of all arms from the start: a page that is still loading loses what is added or removed meanwhile.
         self.figure = go.FigureWidget(liveviews.figure(Session.nothing(), self.caption, ARMS, theme=theme))
@@ -74,7 +80,7 @@ class Explorer:
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.stream.observe(self._token_chosen, "chosen")
-        self.percentile.observe(lambda _: self._paint(), "value")
+        self.percentile.observe(lambda _: self._paint(self.session), "value")
         for box in self.arms.values():
             box.observe(lambda _: self._matters(), "value")
         self._matters()
@@ -118,17 +124,20 @@ class Explorer:
         self.stop()
         with self._lock:
             self._fresh(config["arms"])
-            self.session = Session(asked)
+            self.session = Session(asked, followed=True)
             self.run_button.disabled, self.stop_button.disabled = True, False
-            self._painter = threading.Thread(target=self._follow, name="hybridlab-explorer", daemon=True)
+            self._painter = threading.Thread(target=self._follow, args=[self.session], daemon=True,
+                                             name="hybridlab-explorer")
             self._painter.start()
         return True
 
     def stop(self) -> None:
-        """End the run; its process is gone when this returns, and its rows are kept."""
+        """End the run; its process is gone when this returns, and its rows are kept. The page has followed by then, or
+        follows when it can: this raises nothing, as nobody would see it in a callback."""
         if self.session is not None:
             self.session.stop()
-        self.wait(PATIENCE_S)
+        if self._painter is not None:
+            self._painter.join(PATIENCE_S)
 
     def wait(self, timeout_s: float = LONGEST_S) -> None:
         """Return when the run is over and painted. Raises `MeasureError` if it is not after `timeout_s` seconds."""
@@ -144,33 +153,48 @@ class Explorer:
         for widget in (self.figure, self.stream, *self.controls.values(), *self.arms.values(), self.box):
             widget.close()
 
-    def _follow(self) -> None:
+    def _follow(self, session: Session) -> None:
         """Paints what is new until the run is over, and then all of it."""
-        assert self.session is not None
-        seen = None
-        while not self.session.wait(EVERY_S):
-            now = (len(self.session.rows), self.session.progress)
-            if now != seen:
-                seen = now
-                self._paint()
-        with self._lock:
-            self._paint(last=True)
-            self.run_button.disabled, self.stop_button.disabled = False, True
+        try:
+            self._keep_up(session)
+            found = liveviews.ratios(session.frame(), list(session.asked.config.arms))  # unlocked: it takes longest
+            with self._lock:
+                self._ratios = found if session is self.session else self._ratios
+            self._paint(session)
+        finally:
+            session.stop()  # it is over, unless painting failed
+            with self._lock:
+                if session is self.session:
+                    self.run_button.disabled, self.stop_button.disabled = False, True
 
-    def _paint(self, last: bool = False) -> None:
-        with self._lock:
-            session = self.session
-            if session is None:
+    def _keep_up(self, session: Session) -> None:
+        rng, seen, took, pause = np.random.default_rng(session.asked.config.seed), None, 0.0, EVERY_S
+        while True:
+            waits = session.called(pause)
+            if session.over.is_set():
                 return
-            rows, floors = session.frame(), session.floor_table()
-            look = (rows, self.caption, ARMS, floors, float(self.percentile.value), self._theme)
-            liveviews.refresh(self.figure, *look)
-            self.table.value = liveviews.table(rows, self._arms, floors, float(self.percentile.value),
-                                               ratios=session.over.is_set())
+            now = (len(session.rows), session.progress)
+            if now != seen:
+                seen, began = now, time.monotonic()
+                self._paint(session)
+                took = time.monotonic() - began
+            pause = max(EVERY_S, RESTS * took)
+            if waits and not session.wait(SETTLE_S):
+                session.attended()
+                pause *= rng.random()  # else each round would meet its first change of the page at the same token
+
+    def _paint(self, session: Session | None) -> None:
+        """All that the page shows of a session, unless another one has taken its place."""
+        with self._lock:
+            if session is None or session is not self.session:
+                return
+            rows, floors, percentile = session.frame(), session.floor_table(), float(self.percentile.value)
+            liveviews.refresh(self.figure, rows, self.caption, ARMS, floors, percentile, self._theme)
+            self.table.value = liveviews.table(rows, self._arms, floors, percentile, self._ratios)
             self.stream.lanes = self._lanes(session)
             self.bar.value = len(session.rows) / session.total
             self._say(_word(session))
-            if last:
+            if session.over.is_set():
                 self.bar.bar_style = "danger" if session.failure else "warning" if session.stopped else "success"
 
     def _lanes(self, session: Session) -> list[dict[str, Any]]:
@@ -184,7 +208,7 @@ class Explorer:
 
     def _fresh(self, arms: list[str]) -> None:
         """An empty page for these arms."""
-        self._arms = list(arms)
+        self._arms, self._ratios = list(arms), {}
         liveviews.refresh(self.figure, Session.nothing(), "", ARMS, None, float(self.percentile.value), self._theme)
         self.stream.lanes, self.table.value, self.detail.value, self.bar.bar_style = [], "", "", ""
 

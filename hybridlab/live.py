@@ -7,7 +7,6 @@ is collected before each one, and who reads the lines is another process.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -18,18 +17,20 @@ import numpy as np
 from hybridlab import environment, experiment, measure, models, names, roofline
 from hybridlab.cells import cells, require_steps
 from hybridlab.config import RunConfig
-from hybridlab.errors import PromptError, RunError
+from hybridlab.errors import MeasureError, PromptError, RunError
 from hybridlab.runtime import Runtime
-from hybridlab.session import Asked, Done, Floors, Progress, Row, Said, Texts
+from hybridlab.session import Asked, Done, Floors, Progress, Ready, Row, Said, Texts
 
-WARMUP = 5      # rounds before the first timed one
-SETTLE_S = 0.5  # before a round whose rows are held, or might have been: what is looked at meanwhile is painted by then
+WARMUP = 5         # rounds before the first timed one
+ATTENDED_S = 60.0  # until the reader must have dealt with all rows so far
 
 Tell = Callable[[Said], Any]
+Told = Callable[[float], bool]  # whether the reader said something, so many seconds from now at the latest
 
 
-def serve(asked: Asked, tell: Tell) -> None:
-    """Load, warm up, measure and `tell` of all of it. Raises what goes wrong, as `experiment.run` does."""
+def serve(asked: Asked, tell: Tell, told: Told) -> None:
+    """Load, warm up, measure and `tell` of all of it. Raises what goes wrong, as `experiment.run` does, and
+    `MeasureError` for a reader that does not follow."""
     config = asked.config
     tell(Progress(f"loading {config.model}", 0, 1))
     require_steps(config, on_cpu=models.resolve_device(config.device).type == "cpu")
@@ -48,7 +49,7 @@ def serve(asked: Asked, tell: Tell) -> None:
         _say_texts(runtimes, ids, config, tokenizer, tell)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
-        _measure(runtimes, ids, config, frozenset(asked.held), tell)
+        _measure(runtimes, ids, config, frozenset(asked.held), tell, told)
     found = environment.report()
     tell(Done(environment.slug(None if model.device.type == "cpu" else found.get("gpu"), found.get("cpu"))))
 
@@ -113,20 +114,29 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return found
 
 
-def _measure(runtimes: dict[str, Runtime], ids: list[int], config: RunConfig, held: frozenset[int], tell: Tell) -> None:
-    """Every arm once a round, in an order drawn from the seed."""
+def _measure(runtimes: dict[str, Runtime], ids: list[int], config: RunConfig, held: frozenset[int], tell: Tell,
+             told: Told) -> None:
+    """Every arm once a round, in an order drawn from the seed. Where rounds are held, all of them wait for the reader:
+    what it still did with earlier rows would disturb a round that is to be left alone, and that one only."""
     request, arms = itertools.count(), list(runtimes)
     with measure.frozen_heap():
         for number in range(config.repeats):
             kept, say = list[Said](), tell
             if held:
-                time.sleep(SETTLE_S)
+                _attended(number, tell, told)
             if number in held:
                 say = kept.append
             for which in np.random.default_rng([config.seed, number]).permutation(len(arms)):
                 _request(arms[which], runtimes[arms[which]], ids, config, (number, next(request)), say)
             for said in kept:
                 tell(said)
+
+
+def _attended(number: int, tell: Tell, told: Told) -> None:
+    tell(Ready(number))
+    if not told(ATTENDED_S):
+        raise MeasureError(f"round {number} waits for its reader", f"{ATTENDED_S:g} s without a word",
+                           "what follows the run hangs, or paints too slowly; run it again with fewer tokens")
 
 
 def _request(arm: str, runtime: Runtime, ids: list[int], config: RunConfig, numbers: tuple[int, int],

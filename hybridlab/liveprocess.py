@@ -24,7 +24,7 @@ def main() -> None:
     try:
         from hybridlab import live  # seconds, in which a kernel may be restarted
 
-        live.serve(asked, tell)
+        live.serve(asked, tell, children.told)
     except HybridlabError as error:
         tell(Failed(str(error)))
     except Exception as error:  # it must reach the page, whatever it is

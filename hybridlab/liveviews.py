@@ -6,7 +6,8 @@ Rows are those of `Session.frame`. Never imports torch.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ import plotly.graph_objects as go
 from hybridlab import limits, looks, panels, plots, stats
 from hybridlab.report import interval, number
 from hybridlab.session import Row
+from hybridlab.stats import Estimate
 
 POINTS = 1000  # of one line
 NONE = "–"
 STYLE = "<style>.hl-table td, .hl-table th { padding: 2px 14px 2px 0; text-align: left; }</style>"
+RATIO = ("<div>× eager: the median of eager's requests over that of the arm's, each request counted as its median gap; "
+         "paired by round, n = {n} rounds</div>")
 NOTES = ("lines: {lines}, bands and bars: 95 % intervals, where n allows them",
          "left: gaps of all requests in a row, first tokens left out; click one for its path and reason")
 
@@ -51,11 +55,25 @@ def refresh(shown: go.Figure, rows: pd.DataFrame, caption: str, arms: Sequence[s
         shown.update_layout(_layout(rows, caption, floors, percentile))
 
 
+def ratios(rows: pd.DataFrame, arms: Sequence[str]) -> dict[str, Estimate]:
+    """How many times faster than eager the arms are that have enough rounds: the median of eager's requests over that
+    of the arm's, each request counted as the median of its gaps, and only if it came whole; resampled in pairs, one a
+    round. Gaps of one request are not independent, and a bootstrap over all of them takes a minute; rounds are few."""
+    requests = rows[rows["metric"] == "itl"].groupby(["arm", "round"])["ms"].agg(["median", "size"])
+    medians = requests.loc[requests["size"] == requests["size"].max(), "median"].unstack("arm")
+    found = {}
+    for arm in arms:
+        if {arm, "eager"} <= set(medians.columns):
+            own, eager = medians[medians[arm].notna() & medians["eager"].notna()][[arm, "eager"]].to_numpy(float).T
+            if len(own) >= stats.needed(0.5):
+                found[arm] = stats.ratio(own, eager, paired=True)
+    return found
+
+
 def table(rows: pd.DataFrame, arms: Sequence[str], floors: pd.DataFrame | None, percentile: float,
-          *, ratios: bool) -> str:
-    """HTML: medians and the percentile of each arm with intervals; `ratios` to eager take a second of computing."""
+          compared: Mapping[str, Estimate] = MappingProxyType({})) -> str:
+    """HTML: medians and the percentile of each arm with intervals, and what it is `compared` with eager (`ratios`)."""
     found = []
-    compared = stats.summary(rows, arms=arms) if ratios and len(rows) else pd.DataFrame()
     for arm in arms:
         own = rows[rows["arm"] == arm]
         gaps, first = (own[own["metric"] == metric] for metric in ("itl", "ttft"))
@@ -63,15 +81,14 @@ def table(rows: pd.DataFrame, arms: Sequence[str], floors: pd.DataFrame | None, 
                 "gaps": f"{len(gaps):,}", "ITL p50, ms": _cell(gaps["ms"], 50)}
         if percentile != 50:
             line[f"ITL p{percentile:g}, ms"] = _cell(gaps["ms"], percentile)
-        if len(compared):
-            cell = compared[(compared["arm"] == arm) & (compared["metric"] == "itl")
-                            & (compared["prompt_tokens"] == "all")].to_dict("records")
-            line["× eager"] = _ratio(cell[0]) if cell else NONE
+        if compared:
+            line["× eager"] = _ratio(compared[arm]) if arm in compared else NONE
         if floors is not None:
             share = limits.share(gaps, floors)
             line["of limit"] = NONE if share is None else f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
         found.append(line)
-    return STYLE + pd.DataFrame(found).to_html(index=False, escape=True, border=0, classes="hl-table")
+    note = RATIO.format(n=" or ".join(f"{n:,}" for n in sorted({at.n for at in compared.values()}))) if compared else ""
+    return STYLE + pd.DataFrame(found).to_html(index=False, escape=True, border=0, classes="hl-table") + note
 
 
 def about(row: Row, text: str | None) -> str:
@@ -153,6 +170,5 @@ def _cell(sample: pd.Series, q: float) -> str:
     return interval({"ms": at.value, "ms_low": at.low, "ms_high": at.high}, "ms")
 
 
-def _ratio(cell: dict[str, Any]) -> str:
-    return NONE if cell["ratio_to_eager"] is None else (
-        f"{cell['ratio_to_eager']:.2f} [{cell['ratio_low']:.2f}, {cell['ratio_high']:.2f}]")
+def _ratio(at: Estimate) -> str:
+    return f"{at.value:.2f} [{at.low:.2f}, {at.high:.2f}]"

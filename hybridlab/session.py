@@ -26,7 +26,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What is measured: `config.repeats` requests of `new_tokens` for each arm, in turns, after one prompt.
 
     `length`: of the prompt, in tokens with BOS; 0: as the text has. `rates`: those of an earlier `Floors`, so that they
-    are measured once; `floor`: whether they are wanted. `held`: rounds whose rows are said only when they are over.
+    are measured once; `floor`: whether they are wanted. `held`: rounds whose rows are said only when they are over; if
+    there are any, each round waits for its reader, see `Ready`.
     """
 
     config: RunConfig
@@ -60,6 +61,12 @@ class Texts(msgspec.Struct, frozen=True, array_like=True, tag="texts"):
     pieces: list[str]
 
 
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """This round begins when the process is told a line: its reader has nothing left to do with earlier rows then."""
+
+    round: int
+
+
 class Row(msgspec.Struct, frozen=True, array_like=True, tag="row"):
     """One new token, timed as a `Token` is."""
 
@@ -86,7 +93,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     machine: str
 
 
-Said = Progress | Floors | Texts | Row | Failed | Done
+Said = Progress | Floors | Texts | Ready | Row | Failed | Done
 COLUMNS = ["run_id", "metric", "prompt_tokens", "profiled", *Row.__struct_fields__]
 
 
@@ -106,12 +113,14 @@ class Session:
 
     `rows`, `texts`, `floors`, `progress` and `failure` are what it said so far; `over` is set when nothing more comes.
     Starting one stops the one before: two would time each other. The process ends with this one, however that ends.
+
+    `followed`: someone looks on, and calls `attended` whenever `called` says so. Otherwise no round waits for anyone.
     """
 
     _current: ClassVar[Session | None] = None
     _starting: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, *, followed: bool = False) -> None:
         self.asked = asked
         self.rows: list[Row] = []
         self.texts: dict[str, Texts] = {}
@@ -120,6 +129,7 @@ class Session:
         self.machine = self.failure = ""
         self.stopped = False
         self.over = threading.Event()
+        self._followed, self._called = followed, threading.Event()
         with Session._starting:
             if Session._current is not None:
                 Session._current.stop()
@@ -174,6 +184,15 @@ class Session:
         """Whether the run is over, `timeout_s` from now at the latest."""
         return self.over.wait(timeout_s)
 
+    def called(self, timeout_s: float) -> bool:
+        """Whether the process waits for `attended`, or the run is over, `timeout_s` from now at the latest."""
+        return self._called.wait(timeout_s)
+
+    def attended(self) -> None:
+        """All that was said so far is dealt with: the round that waits may begin."""
+        self._called.clear()
+        self._child.tell(b"")
+
     def _read(self) -> None:
         decoder = msgspec.json.Decoder(Said)
         try:
@@ -188,6 +207,7 @@ class Session:
             self.failure = self.failure or f"{type(error).__name__}: {error}"
         finally:
             self.over.set()
+            self._called.set()
             with Session._starting:
                 if Session._current is self:
                     Session._current = None
@@ -198,6 +218,10 @@ class Session:
                 self.rows.append(said)
             case Texts():
                 self.texts[said.arm] = said
+            case Ready():
+                self._called.set()
+                if not self._followed:
+                    self.attended()
             case Progress():
                 self.progress = said
             case Floors():

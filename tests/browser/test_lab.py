@@ -17,6 +17,7 @@ EXECUTED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(prompt => prompt.innerText);
     return prompts.length > 5 && prompts.every(prompt => /\\[\\d+\\]/.test(prompt)); }"""
 CONTROLS = ".jp-OutputArea-output:has(.hl-lanes)"
+WRONG = ", ".join(f'[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in ("error", "stderr"))
 
 
 def measuring(lab: Lab) -> list[psutil.Process]:
@@ -56,6 +57,14 @@ def notebook(lab: Lab, browser: Any) -> Iterator[Any]:
     page.close()
 
 
+@pytest.fixture(autouse=True)
+def sound(notebook: Any) -> Iterator[None]:
+    """No test may leave an error in the page's scripts, or one or a warning under a cell."""
+    yield
+    assert notebook.broken == []
+    assert notebook.locator(WRONG).all_inner_texts() == []
+
+
 @pytest.fixture(scope="module")
 def live(notebook: Any) -> Any:
     """The same page after a short live run of all that the Explorer shows at first."""
@@ -68,11 +77,8 @@ def live(notebook: Any) -> Any:
 
 def test_all_cells_run_without_an_error(notebook: Any, shots: Path) -> None:
     """A notebook that fails its first reader, or fills the page with warnings."""
-    bad = notebook.locator('[data-mime-type="application/vnd.jupyter.error"], '
-                           '[data-mime-type="application/vnd.jupyter.stderr"]')
-    assert bad.all_inner_texts() == []
+    assert notebook.locator(WRONG).all_inner_texts() == []
     assert notebook.locator(".js-plotly-plot .main-svg").count() >= 2
-    assert notebook.broken == []
     notebook.screenshot(path=shots / "notebook.png", full_page=True)
 
 
@@ -159,9 +165,12 @@ def test_a_restarted_kernel_leaves_no_process_and_serves_again(live: Any, lab: L
         live.locator(f'.jp-CodeCell:has(.jp-InputArea-editor:has-text("{cell}")) .jp-InputArea-editor').first.click()
         live.keyboard.press("Control+Enter")
     live.wait_for_selector(f"{CONTROLS} .widget-html:has-text('ready')", timeout=LONG)
+    live.locator(f'{CONTROLS} .widget-checkbox:has-text("limit") input').uncheck()
+    live.locator(f'{CONTROLS} .widget-slider:has-text("requests") .noUi-handle').press("End")  # else it is over at once
+    assert live.locator(f"{CONTROLS} .hl-token").count() == 0
     button(live, "Run").click()
     until(lambda: measuring(lab), 120, "a measuring process")
-    live.wait_for_selector(f"{CONTROLS} .widget-html:has-text('starting')", timeout=LONG)
+    live.wait_for_selector(f"{CONTROLS} .hl-token", timeout=LONG)
     button(live, "Stop").click()
     live.wait_for_selector(f"{CONTROLS} .widget-html:has-text('stopped')", timeout=LONG)
     assert measuring(lab) == []

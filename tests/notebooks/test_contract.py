@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from hybridlab import notebooks
@@ -116,6 +117,44 @@ def test_the_four_beats_are_there(path: Path) -> None:
     assert [name for name in order if name in beats] == beats
     assert "**" in cells[0].source
     assert "?" in cells[0].source
+
+
+def unescaped(source: str) -> list[str]:
+    """Tables in this code that are drawn by `.style` and do not end in `.format(..., escape="html")`, and those whose
+    names of lines come from `groupby`, which `format` leaves as they are."""
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    safe = [call.func.value for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "format"
+            and any(given.arg == "escape" and ast.unparse(given.value) == "'html'" for given in call.keywords)]
+    drawn = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "style"]
+    named = [call for call in calls if ast.unparse(call.func).endswith(".groupby")
+             and not any(given.arg == "as_index" for given in call.keywords)]
+    return [ast.unparse(node) for node in [*(each for each in drawn if each not in safe), *(named if drawn else ())]]
+
+
+@every
+def test_each_styled_table_is_escaped(path: Path) -> None:
+    """A name or a reason that brings markup runs it in the page: `.style` alone escapes nothing."""
+    assert [found for cell in code_of(path) for found in unescaped(cell.source)] == []
+
+
+@pytest.mark.parametrize("source", ["t.style", "t.style.format(precision=3)", "t.style.hide()", "t[a].style.format()",
+                                    "t.style.format(escape='latex')", "t.style.format(escape='html'); u.style",
+                                    "g = t.groupby(['reason'])\ng.agg(n=1).style.format(escape='html')"])
+def test_a_table_that_escapes_nothing_is_noticed(source: str) -> None:
+    """The check above must be able to fail."""
+    assert unescaped(source)
+
+
+def test_what_the_check_asks_for_escapes() -> None:
+    """A reason that holds a script, in the form that the notebooks use and in the one that they used before."""
+    reasons = pd.DataFrame({"op": ["cat"] * 2, "reason": ["<script>alert(1)</script>"] * 2})
+    grouped = reasons.groupby(["op", "reason"], sort=False, as_index=False).agg(operations=("op", "size"))
+    for table in (reasons, grouped):
+        assert "<script>" in table.style.to_html()
+        shown = table.style.format(precision=3, na_rep="", escape="html").to_html()
+        assert "<script>" not in shown
+        assert "&lt;script&gt;" in shown
 
 
 @every

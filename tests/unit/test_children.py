@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_one_that_does_not_listen_is_not_waited_for() -> None:
     with Child(DEAF) as child, pytest.raises(TimeoutError):
         child.tell(b"x" * 2**22, 0.2)
     assert child.code == -signal.SIGKILL
+
+
+def test_a_further_line_is_waited_for_and_no_longer() -> None:
+    """A process that goes on before it is told, or waits for one that will never tell it."""
+    code = ("from hybridlab import children\nchildren.asked(str)\n"
+            "print(children.told(0.05), flush=True)\nprint(children.told(60), flush=True)\nprint(children.told(60))")
+    with Child([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        child.tell(b"first")
+        assert child.stdout.readline() == b"False\n"
+        child.tell(b"")
+        assert child.stdout.readline() == b"True\n"
+        child.tell(b"")
+        assert child.stdout.readline() == b"True\n"
+    child.tell(b"")
 
 
 def test_one_that_is_gone_is_told_without_harm() -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from ipywidgets.widgets import widget
 
+from hybridlab import explorer as page
 from hybridlab import liveviews, looking, session, static
 from hybridlab.errors import MeasureError
 from hybridlab.explorer import UNSAID, Explorer, TokenStream
@@ -48,7 +49,7 @@ def explorer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An explorer whose process says made-up rows at once: only what the page makes of rows is looked at here."""
     program = PROGRAM.format(floors=FLOORS, pieces=[HOSTILE], hostile=HOSTILE).replace("'", '"')
     monkeypatch.setattr(session, "COMMAND", (sys.executable, "-c", program))
-    made = Explorer({"repeats": 4, "new_tokens": 16, "device": "cpu"})
+    made = Explorer({"repeats": 6, "new_tokens": 16, "device": "cpu"})
     yield made
     made.close()
 
@@ -72,14 +73,16 @@ def test_a_run_fills_the_page(explorer: Explorer) -> None:
     """Figure, lanes, bar and table must all show the same rows."""
     finished(explorer)
     assert explorer.bar.value == 1
-    assert len(explorer.rows) == 2 * 4 * 16
+    assert len(explorer.rows) == 2 * 6 * 16
     assert [(lane["arm"], lane["request"], len(lane["tokens"])) for lane in explorer.stream.lanes] == [
-        ("eager", 6, 16), ("hybrid", 7, 16)]
+        ("eager", 10, 16), ("hybrid", 11, 16)]
     assert {path for lane in explorer.stream.lanes for _, path in lane["tokens"]} == {"eager", "graph"}
     drawn = {trace.name: trace for trace in explorer.figure.data if trace.name}
-    assert len(drawn["hybrid"].x) == len(drawn["eager"].x) == 4 * 15
+    assert len(drawn["hybrid"].x) == len(drawn["eager"].x) == 6 * 15
     assert set(drawn["limit"].y) == {0.5, 0, 100} & set(drawn["limit"].y)
-    assert "2.00" in explorer.table.value
+    assert "1.00 [1.00, 1.00]" in explorer.table.value
+    assert "1.99 [1.99, 1.99]" in explorer.table.value
+    assert "n = 6 rounds" in explorer.table.value
     assert not explorer.run_button.disabled
     assert explorer.stop_button.disabled
 
@@ -192,9 +195,92 @@ def test_stop_keeps_what_was_said(explorer: Explorer, monkeypatch: pytest.Monkey
     while not explorer.session.rows:
         assert not deadline.wait(0.02)
     explorer.stop_button.click()
-    assert "stopped; 1 of 128 tokens" in explorer.status.value
+    assert "stopped; 1 of 192 tokens" in explorer.status.value
     assert not psutil.pid_exists(explorer.session.pid)
     assert explorer.run_button.disabled is False
+
+
+def test_the_end_of_a_long_run_costs_by_rounds(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bootstrap over all tokens takes a minute, in which the page holds still and Stop gives up."""
+    samples, free = list[int](), list[bool]()
+
+    def look() -> None:
+        free.append(explorer._lock.acquire(timeout=20))
+        explorer._lock.release()
+
+    def counted(sample: Any, base: Any, **options: Any) -> Any:
+        samples.append(len(sample))
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        return ratio(sample, base, **options)
+
+    ratio = liveviews.stats.ratio
+    monkeypatch.setattr(liveviews.stats, "ratio", counted)
+    explorer.controls["repeats"].value, explorer.controls["new_tokens"].value = 200, 256
+    finished(explorer)
+    assert len(explorer.rows) == 2 * 200 * 256
+    assert samples == [200, 200]
+    assert free == [True, True]
+    assert max(len(trace.x) for trace in explorer.figure.data) == liveviews.POINTS
+    explorer.percentile.value = 75
+    assert "1.99 [1.99, 1.99]" in explorer.table.value
+    assert samples == [200, 200]
+
+
+def test_a_stopped_run_compares_whole_requests(explorer: Explorer) -> None:
+    """Half a request has the gaps of early positions only, and a round of one arm nothing to be paired with."""
+    rows = finished(explorer).rows
+    whole = liveviews.ratios(rows, ["eager", "hybrid"])
+    assert {arm: at.n for arm, at in whole.items()} == {"eager": 6, "hybrid": 6}
+    last = rows["request"] == rows["request"].max()
+    assert liveviews.ratios(rows[~last | (rows["index"] < 8)], ["eager", "hybrid"]).keys() == {"eager"}
+    assert liveviews.ratios(rows[rows["arm"] == "hybrid"], ["eager", "hybrid"]) == {}
+    assert liveviews.ratios(rows[rows["index"] == 0], ["eager", "hybrid"]) == {}
+
+
+def test_stop_raises_nothing_however_slow_the_page_is(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in a callback disappears in a log; and a page that is late must not paint over the next run."""
+    painting, go_on, paint = threading.Event(), threading.Event(), explorer._paint
+
+    def slow(shown: Session | None) -> None:
+        painting.set()
+        assert go_on.wait(60)
+        paint(shown)
+
+    monkeypatch.setattr(explorer, "_paint", slow)
+    monkeypatch.setattr(page, "PATIENCE_S", 0.05)
+    assert explorer.start()
+    assert painting.wait(60)
+    late = explorer._painter
+    explorer.stop_button.click()
+    monkeypatch.setattr(explorer, "_paint", paint)
+    explorer.controls["repeats"].value = 7
+    assert explorer.start()
+    explorer.wait()
+    go_on.set()
+    assert late is not None
+    late.join(60)
+    assert "done: 224 of 224 tokens" in explorer.status.value
+    assert explorer.stop_button.disabled
+
+
+def test_a_long_paint_is_followed_by_a_longer_rest(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Painting as often as it can takes half a core from what is measured."""
+    clock, waits = iter(range(0, 1000, 3)), list[float]()
+
+    def called(timeout_s: float) -> bool:
+        waits.append(timeout_s)
+        fake.rows.append(None)
+        fake.over.set() if len(waits) == 4 else None
+        return False
+
+    fake = SimpleNamespace(rows=[], progress=None, over=threading.Event(), called=called,
+                           asked=SimpleNamespace(config=SimpleNamespace(seed=0)))
+    monkeypatch.setattr(page.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(explorer, "_paint", lambda shown: None)
+    explorer._keep_up(fake)  # type: ignore[arg-type]
+    assert waits == [page.EVERY_S, 12, 12, 12]
 
 
 def test_runs_leave_no_process_thread_or_memory(explorer: Explorer) -> None:
