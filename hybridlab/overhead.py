@@ -73,7 +73,7 @@ def _spans(runtime: Runtime, prompt: list[int]) -> int:
 
 def _row(out: Output, arm: str, watch: tails.Watch) -> float:
     """ns a token of what `measure.rounds` and a run do with a round of answered requests, collections aside."""
-    common = {"round": 0, "arm": arm, "policy": "", "prompt_tokens": PROMPT, "process": 0, "profiled": False}
+    common = {"round": 0, "arm": arm, "policy": "", "prompt_tokens": PROMPT, "process": 0}
     ended = [watch.sample() for _ in out.ids]
     start = time.perf_counter_ns()
     rows = [common | {"request": request} | row for request in range(ROUND)

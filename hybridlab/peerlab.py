@@ -229,7 +229,7 @@ class Comparison:
             self._leave_out(name, f"round {common['round']}: {error}")
             return []
         common |= {"arm": name, "policy": policy_name(self.own[name].policy) if name in self.own else "",
-                   "prompt_tokens": length, "process": self.numbers[name], "profiled": False}
+                   "prompt_tokens": length, "process": self.numbers[name]}
         return [common | row for row in found]
 
     def _leave_out(self, name: str, why: str) -> None:

@@ -17,10 +17,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from hybridlab import gpus
-from hybridlab.tails import HAPPENINGS
+from hybridlab.tokens import Happening
 
 EVERY_S = 0.5
 CHANGE = 0.01  # of a clock, between two readings: less is rounding
@@ -74,7 +73,7 @@ class Telemetry:
         counts = {word: sum(bool(mask & bit) for mask in masks) for bit, word in REASONS.items()}
         return found | {"reasons": {word: count for word, count in counts.items() if count}}
 
-    def clock_changes(self, since_ns: int = 0) -> pd.DataFrame:
+    def clock_changes(self, since_ns: int = 0) -> list[Happening]:
         """For `tails`: between which readings the clock of the processor changed, from what to what and why; of
         readings not over before `since_ns`."""
         found = []
@@ -83,9 +82,9 @@ class Telemetry:
             if before and after and abs(after / before - 1) > CHANGE:
                 mask = int(self._readings[place].get("reasons", 0))
                 why = [word for bit, word in REASONS.items() if mask & bit]
-                found.append(("clock change", self._stamps[place - 1], self._stamps[place],
-                              ", ".join([f"{before:,.0f} → {after:,.0f} MHz", *why]), False))
-        return pd.DataFrame(found, columns=HAPPENINGS).astype({"start_ns": "int64", "end_ns": "int64", "exact": bool})
+                found.append(Happening("clock change", self._stamps[place - 1], self._stamps[place],
+                                       ", ".join([f"{before:,.0f} → {after:,.0f} MHz", *why]), False))
+        return found
 
     def _read(self, now: int) -> None:
         reading = {}
