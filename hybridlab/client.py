@@ -23,7 +23,8 @@ class Client:
     ends the worker, and so does dropping the last reference to this.
 
     `client_ms`: of the last request, by this process's clock, from the request leaving until its first id was here and
-    then from one id to the next; `handover_ms`: from each id on the worker's host until it was here; `seen`: what the worker saw meanwhile.
+    then from one id to the next; `handover_ms`: from each id on the worker's host until it was here; `seen`: what the
+    worker saw meanwhile.
     Raises: what building an engine raises, and what a `Link` raises.
     """
 

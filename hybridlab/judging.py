@@ -211,7 +211,7 @@ def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, 
     """Arm, tokens and the median or p99 of each cell of a part that has enough values: of first tokens by prompt
     length; of gaps by generation length, asked for or the paper's, those of its first tokens, whichever request of at
     least that length they are of."""
-    own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
+    own = stats.unprofiled(rows)[(rows["part"] == part) & rows["metric"].isin(TIMED)]
     gaps = bool((own["metric"] == "gap").any())
     q, found = {"median": 0.5, "p99": 0.99}[statistic], []
     for arm in own["arm"].drop_duplicates():

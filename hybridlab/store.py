@@ -208,11 +208,14 @@ def estimated(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]
 
 def headlines(run: records.Recorded) -> pd.DataFrame:
     """What a run is first asked for, one row a value: what (arm, setting, variant or part), metric with its unit, and
-    value. Times under a profiler are none, so a trace has no headline.
+    value. Times under a profiler are none: a trace has no headline, and rows that are so marked are refused.
+
+    Raises: StatisticsError, see `stats.unprofiled`.
     """
-    found = run.rows
+    from hybridlab import stats  # late, as above
+
+    found = stats.unprofiled(run.rows)
     if run.kind == "ablation":
-        found = found[~found["profiled"].fillna(False).astype(bool)]
         what = found["arm"]
     elif run.kind == "cache":
         found = found[(found["part"] == "stream") & found["metric"].isin(["ttft", "itl"])]

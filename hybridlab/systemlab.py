@@ -43,7 +43,8 @@ class SystemResult(experiment.Shown):
         """One line a part, setting and step: unit, n, value (the median) and its 95 % interval, None where n does not
         allow one."""
         lines = []
-        for (part, setting, step, unit), own in self.rows.groupby(["part", "setting", "step", "unit"], sort=False):
+        for (part, setting, step, unit), own in stats.unprofiled(self.rows).groupby(
+                ["part", "setting", "step", "unit"], sort=False):
             line = {"part": part, "setting": setting, "step": step, "unit": unit, "n": len(own),
                     "value": float(own["value"].median()), "value_low": None, "value_high": None}
             if len(own) >= stats.needed(0.5):

@@ -1,4 +1,4 @@
-"""What happened meanwhile is laid to the values it fell into, and the watch sees what really happens in this process."""
+"""What happened is laid to the values it fell into, and the watch sees what really happens in this process."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_watch_counts_its_own_thread_only():
 
 @pytest.mark.usefixtures("quiet_gc")
 def test_what_another_process_saw_takes_the_place_of_what_this_one_did():
-    """A client that is interrupted while it waits delays no token of its worker; an unknown kind would split a count."""
+    """A client that is interrupted while it waits delays no token of its worker; an unknown kind splits a count."""
     theirs = Happening("preemption", 25, 28, "", False)
     with tails.Watch() as watch:
         watch.note("capture", 10, 20)
