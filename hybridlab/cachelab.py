@@ -24,7 +24,6 @@ from hybridlab import (
     soundness,
     stats,
     tallies,
-    telemetry,
     workload,
 )
 from hybridlab.config import CacheConfig, as_dict, build
@@ -110,7 +109,7 @@ class CacheResult(experiment.Shown):
                  *map(cachetables.words, self.table().to_dict("records")), tallies.throughput_words(self.rows)]
         if slowest := soundness.slow_words(self.slow()):
             parts.append(f"O{slowest[1:]}.")
-        parts += filter(None, [telemetry.words([self.recorded.extra.get("during", {})])])
+        parts += filter(None, [self.during()])
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
         return "\n".join(parts + tallies.cut_short(self.rows, {
@@ -177,7 +176,7 @@ class Lab:
         self.requests, self.max_len = _fit(config, self.settings, models.context(model))
         self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in self.requests}), config.seed)
         self.proof = serving.Proof(self.requests, model.dtype == torch.float32)
-        self.telemetry = Telemetry(model.device.index or 0 if model.device.type == "cuda" else None)
+        self.telemetry = Telemetry.of(model.device)
         self.started = time.monotonic()
 
     def runtime(self, **changes: Any) -> Runtime:

@@ -30,7 +30,7 @@ def crossing(here: Runtime, worker: Runtime, seed: int, turns: int = TURNS) -> I
     """
     engine = worker._engine
     assert isinstance(engine, Client)
-    prompt, rng = [number % 7 + 3 for number in range(PROMPT)], np.random.default_rng(seed)
+    (prompt,), rng = measure.prompts(here.model, [PROMPT], seed).values(), np.random.default_rng(seed)
     for runtime in (here, worker):
         runtime.warm_up([PROMPT])
         runtime.settle()

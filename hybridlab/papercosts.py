@@ -74,7 +74,7 @@ def weights(arms: Arms) -> Iterator[list[Row]]:
     with Runtime(arms.model, arm="hybrid", kernels="torch", capture="sync", buckets=arms.config.buckets,
                  max_len=arms.max_len) as runtime:
         yield [row("memory", arm="hybrid", metric=one["step"], value=one["value"], unit=one["unit"])
-               for one in memory(runtime, arms.lengths)]
+               for one in memory(runtime, arms.lengths, arms.config.seed)]
 
 
 def protocol(arms: Arms) -> Iterator[list[Row]]:

@@ -13,6 +13,7 @@ from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import Arms, Row
 from hybridlab.progress import reporter
 from hybridlab.report import Grid
+from hybridlab.telemetry import Telemetry
 
 LEDGER = "ledger"
 
@@ -55,7 +56,7 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy()]
+        words = [papertables.clipped(self.rows), ledger.words(self.ledger()), self.busy(), self.during()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "times on a GPU are not judged by them.")
@@ -75,11 +76,13 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         arms = Arms(model, config, report)
         on_cpu = model.device.type == "cpu"
-        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target:
+        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target, \
+                Telemetry.of(model.device) as clocks:
             target.append(arms.clipped)
             for rows in _parts(arms):
                 target.append(rows)
-            target.finish("complete")
+                clocks.sample()
+            target.finish("complete", extra={"during": clocks.summary()})
             report(f"run {target.path.name}: complete", 1, 1)  # what stays in a notebook
     return PaperResult.open(target.path)
 

@@ -166,8 +166,7 @@ class Comparison:
     def rounds(self) -> Iterator[list[Row]]:
         """The rows of one finished round at a time, until `repeats` rounds or `budget_s` are over."""
         config, request, done = self.config, 0, 0
-        gpu = 0 if models.resolve_device(config.device).type == "cuda" else None
-        with Telemetry(gpu) as telemetry:
+        with Telemetry.of(models.resolve_device(config.device)) as telemetry:
             started = time.monotonic()
             while done < config.repeats and (not done or time.monotonic() - started < config.budget_s):
                 rows: list[Row] = []

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 
 from hybridlab import gpus
 from hybridlab.tokens import Happening
@@ -42,6 +43,11 @@ class Telemetry:
         self._readings: list[dict[str, float]] = []
         self._stamps: list[int] = []
         self.problem = ""
+
+    @classmethod
+    def of(cls, device: Any) -> Telemetry:
+        """Of a `torch.device`: a GPU, or the CPU."""
+        return cls(device.index or 0 if device.type == "cuda" else None)
 
     def __enter__(self) -> Telemetry:
         self._probes = _of_cpu() if self.index is None else self._of_gpu(self.index)
@@ -104,7 +110,7 @@ class Telemetry:
         except Exception as error:  # no library, no driver, no permission, no such GPU
             self.problem = f"NVML: {type(error).__name__}: {error}"[:200]
             return {}
-        nvml, own = self._nvml, os.getpid()
+        nvml = self._nvml
         reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or (
             nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         return {
@@ -115,7 +121,7 @@ class Telemetry:
             "utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "memory_used_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**20,
             "other_processes": lambda: sum(
-                process.pid != own for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+                _foreign(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
             "reasons": lambda: reasons(handle)}
 
 
@@ -137,6 +143,16 @@ def words(summaries: Sequence[Mapping[str, Any]]) -> str:
     if others and others[1] > 0:
         said.append(f"{others[1]:.0f} other processes computed on the GPU")
     return f"While it ran, {', '.join(said)}." if said else ""
+
+
+def _foreign(pid: int) -> bool:
+    """Whether a process is neither this one nor one of those that it started, workers among them."""
+    if pid == os.getpid():
+        return False
+    try:
+        return os.getpid() not in {parent.pid for parent in psutil.Process(pid).parents()}
+    except (psutil.Error, ValueError):  # gone, or of a namespace that this one does not see
+        return True
 
 
 def _of_cpu() -> dict[str, Callable[[], float]]:

@@ -1,5 +1,6 @@
 """Clocks and power are read between requests, never in one, and a driver that refuses does no harm."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ class Driver:
     """NVML of a GPU whose clock is what `clocks` says, reading after reading; it knows no temperature."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    child = os.getpid()
 
     def __init__(self, clocks, mask=0):
         self.clocks, self.mask, self.open = iter(clocks), mask, 0
@@ -42,7 +45,7 @@ class Driver:
         return SimpleNamespace(used=2**30)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [SimpleNamespace(pid=-1)]
+        return [SimpleNamespace(pid=-1), SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=self.child)]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
         return self.mask
