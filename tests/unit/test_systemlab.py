@@ -102,5 +102,5 @@ def test_being_watched_is_a_part(tmp_path, monkeypatch):
     by_step = {step: own["value"].tolist() for step, own in result.rows.groupby("step")}
     assert by_step == {"followed": [3.0 * n for n in range(1, 7)], "held": [2.0 * n for n in range(1, 7)],
                        "followed / held": [1.5] * 6}
-    assert result.reading() == ("A gap of eager takes 1.50 [1.50, 1.50] times as long while an Explorer follows it as "
-                                "unobserved.")
+    said, *_ = result.reading().splitlines()
+    assert said == "A gap of eager takes 1.50 [1.50, 1.50] times as long while an Explorer follows it as unobserved."

@@ -1,6 +1,8 @@
 """Clocks and power are read between requests, never in one, and a driver that refuses does no harm."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,6 @@ class Driver:
     """NVML of a GPU whose clock is what `clocks` says, reading after reading; it knows no temperature."""
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    child = os.getpid()
 
     def __init__(self, clocks, mask=0):
         self.clocks, self.mask, self.open = iter(clocks), mask, 0
@@ -45,7 +45,7 @@ class Driver:
         return SimpleNamespace(used=2**30)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [SimpleNamespace(pid=-1), SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=self.child)]
+        return [SimpleNamespace(pid=-1), SimpleNamespace(pid=os.getpid())]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
         return self.mask
@@ -98,6 +98,16 @@ def test_a_clock_change_is_a_happening_between_two_readings(clock):
     change = Happening("clock change", 10, 20, "1,979 → 1,755 MHz, power cap", False)
     assert found.clock_changes() == found.clock_changes(since_ns=20) == [change]
     assert found.clock_changes(since_ns=21) == []
+
+
+def test_a_worker_of_ours_is_no_other_process():
+    """A run through workers would be said to have shared its GPU with somebody."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not telemetry._foreign(child.pid)
+        child.stdin.write(b"\n")
+    assert not telemetry._foreign(os.getpid())
+    assert telemetry._foreign(os.getppid())
+    assert telemetry._foreign(-1)
 
 
 def test_without_a_driver_a_run_goes_on_and_says_so():
