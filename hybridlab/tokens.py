@@ -1,4 +1,4 @@
-"""What a request gives: its tokens, the path that made each, its times, and what happened meanwhile in a worker."""
+"""What a request gives: its tokens, the path that made each, its times, and what a worker saw meanwhile."""
 
 from __future__ import annotations
 

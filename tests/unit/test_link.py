@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import signal
@@ -109,8 +110,9 @@ def test_a_request_says_what_happened_in_the_worker_and_when(start):
     assert seen.ended_ns[-1] < time.perf_counter_ns()
     (one,) = (found for found in seen.happenings if found.kind == "garbage collection")
     assert seen.ended_ns[2] < one.start_ns < one.end_ns < seen.ended_ns[3]
-    told = tails.during([0.5] * 6, seen.ended_ns, [one])
-    assert [number for number, (words, _) in enumerate(told) if words] == [3]
+    gaps = [(later - sooner) / 1e6 for sooner, later in itertools.pairwise(seen.ended_ns)]
+    told = tails.during(gaps, seen.ended_ns[1:], [one])
+    assert [number for number, (words, _) in enumerate(told, 1) if words] == [3]
     assert not seen.profiled
     ids(client, LISTEN, 6)
     assert client.seen.profiled
