@@ -24,7 +24,6 @@ from hybridlab import (
     soundness,
     stats,
     tallies,
-    telemetry,
     workload,
 )
 from hybridlab.config import CacheConfig, as_dict, build
@@ -80,15 +79,17 @@ class CacheResult(experiment.Shown):
         Student's t over the means of the passes, which are what repeats (None for under three). ttft_p50, ttft_p99,
         itl_p50, itl_p99: ms with their intervals; None where n does not allow one. hit_rate: the share of requests
         whose graph was there; a first token that was captured and then replayed is none. after_mean: ms from a last
-        token until the runtime is free. captures, evictions, failures, capture_ms: of one pass, building and settling
-        included, mean of the passes. peak_graphs, peak_graph_bytes: the most held at the end of an interval. With
-        floors also ttft_limit and itl_limit, ms, and ttft_of_limit and itl_of_limit, the shares reached, see `limits`.
+        token until the runtime is free. tokens_per_s: of a pass, see `tallies.throughput`. captures, evictions,
+        failures, capture_ms: of one pass, building and settling included, mean of the passes. peak_graphs,
+        peak_graph_bytes: the most held at the end of an interval. With floors also ttft_limit and itl_limit, ms, and
+        ttft_of_limit and itl_of_limit, the shares reached, see `limits`.
         """
         if len(self.rows):
             stats.one_run(self.rows)
         groups = {name: self._stream[self._stream["setting"] == name] for name in self.settings}
-        lines = [{"setting": name, "passes": own["round"].nunique()} | cachetables.of_setting(own, self.floors)
-                 for name, own in groups.items()]
+        rates = tallies.throughput(self.rows).set_index("setting")["tokens_per_s"] if groups else {}
+        lines = [{"setting": name, "passes": own["round"].nunique(), "tokens_per_s": float(rates[name])}
+                 | cachetables.of_setting(own, self.floors) for name, own in groups.items()]
         return pd.DataFrame(lines, dtype=object)
 
     def grid(self) -> Grid:
@@ -110,7 +111,7 @@ class CacheResult(experiment.Shown):
                  *map(cachetables.words, self.table().to_dict("records")), tallies.throughput_words(self.rows)]
         if slowest := soundness.slow_words(self.slow()):
             parts.append(f"O{slowest[1:]}.")
-        parts += filter(None, [telemetry.words([self.recorded.extra.get("during", {})])])
+        parts += filter(None, [self.during()])
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls here; they are not GPU times.")
         return "\n".join(parts + tallies.cut_short(self.rows, {
@@ -177,7 +178,7 @@ class Lab:
         self.requests, self.max_len = _fit(config, self.settings, models.context(model))
         self.prompts = measure.prompts(model, sorted({asked.prompt_tokens for asked in self.requests}), config.seed)
         self.proof = serving.Proof(self.requests, model.dtype == torch.float32)
-        self.telemetry = Telemetry(model.device.index or 0 if model.device.type == "cuda" else None)
+        self.telemetry = Telemetry.of(model.device)
         self.started = time.monotonic()
 
     def runtime(self, **changes: Any) -> Runtime:

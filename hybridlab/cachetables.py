@@ -19,17 +19,17 @@ def grid(lines: Sequence[dict[str, Any]], caption: str) -> Grid:
     limited = any("ttft_limit" in line for line in lines)
     more = ["limit, ms", "of limit"] * limited
     header = ["setting", "TTFT mean, ms", "TTFT p50, ms", "TTFT p99, ms", *more, "hit rate", "ITL p50, ms", *more,
-              "after, ms", "captures", "capturing, ms", "held at most"]
+              "tokens/s", "after, ms", "captures", "capturing, ms", "held at most"]
     rows = [[line["setting"], interval(line, "ttft_mean"), interval(line, "ttft_p50"), interval(line, "ttft_p99"),
              *[interval(line, "ttft_limit"), share(line, "ttft_")] * limited, f"{100 * line['hit_rate']:.1f} %",
              interval(line, "itl_p50"), *[interval(line, "itl_limit"), share(line, "itl_")] * limited,
-             number(line["after_mean"]), _captures(line), number(line["capture_ms"]),
+             number(line["tokens_per_s"]), number(line["after_mean"]), _captures(line), number(line["capture_ms"]),
              f"{line['peak_graphs']}, {number(line['peak_graph_bytes'] / 2**20)} MiB"] for line in lines]
     return Grid(f"Graph cache · {caption}", header, rows,
                 "Each pass begins with a cold cache; 95 % intervals, of a mean over passes, of gaps over requests; hit "
-                "rate: first tokens whose graph was there; after: from a last token until the runtime is free; "
-                "captures and the time of capturing are of one pass; p99 only where it has one, from n = "
-                f"{stats.needed(0.99)} on."
+                "rate: first tokens whose graph was there; tokens/s: the median of passes, captures and waits "
+                "included; after: from a last token until the runtime is free; captures and the time of capturing are "
+                f"of one pass; p99 only where it has one, from n = {stats.needed(0.99)} on."
                 + f" {LIMIT}; medians over the rows, each with its own floor." * limited)
 
 

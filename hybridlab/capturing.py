@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import clocks, models
+from hybridlab import clocks, measure, models
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import CacheConfig
 from hybridlab.counters import Counters
@@ -50,8 +50,9 @@ def cost(model: PreTrainedModel, config: CacheConfig, report: Report) -> Iterato
     kinds = ["shared", "private", *([KEPT] if model.device.type == "cuda" else [])]
     total, rng, done = config.cost_repeats * len(kinds) * len(lengths), np.random.default_rng(config.seed), 0
     with _runtime(model, config, lengths, lengths[0] + 1) as runtime:
+        prompts = _prompts(runtime, lengths, config.seed)
         for rows in lengths:
-            _prefill(runtime, rows)  # compiles what its step needs
+            _prefill(runtime, prompts[rows])  # compiles what its step needs
         for number in range(config.cost_repeats):
             found: list[Row] = []
             for kind in map(str, rng.permutation(kinds)):
@@ -59,15 +60,17 @@ def cost(model: PreTrainedModel, config: CacheConfig, report: Report) -> Iterato
                     for rows in lengths:
                         report("capture costs", done, total)
                         common = {"round": number, "setting": kind, "prompt_tokens": rows, "bucket": rows}
-                        found += [_row("cost", **common, **row) for row in _one(runtime, cache, kind, rows, alive)]
+                        found += [_row("cost", **common, **row) for row in
+                                  _one(runtime, cache, kind, rows, prompts[rows], alive)]
                         done += 1
             yield found
 
 
-def _one(runtime: Runtime, cache: GraphCache, kind: str, rows: int, alive: list[Any]) -> Iterator[Row]:
+def _one(runtime: Runtime, cache: GraphCache, kind: str, rows: int, prompt: list[int], alive: list[Any]
+         ) -> Iterator[Row]:
     """The times of one capture into `cache`; what the graph keeps alive goes to `alive`."""
     executor, device = _executor(runtime), runtime.device
-    path = _prefill(runtime, rows)
+    path = _prefill(runtime, prompt)
     launch, job = _stock(runtime, rows, alive) if kind == KEPT else _lowered(executor, rows)
     with quiet_collector(), torch.no_grad():
         launch()
@@ -144,11 +147,11 @@ def _disturb(model: PreTrainedModel, config: CacheConfig, report: Report) -> Ite
     context = models.context(model) or DEFAULT_MAX_LEN
     bucket, rng = min(BUCKET, context), np.random.default_rng(config.seed)
     others = [name for name in dict.fromkeys(config.disturb) if name != "quiet"]
-    prompt = [int(i) for i in rng.integers(3, model.config.vocab_size, min(PROMPT, context // 2))]
+    (prompt,) = measure.prompts(model, [min(PROMPT, context // 2)], config.seed).values()
     total, done = config.repeats * (1 + len(others)), 0
     with _runtime(model, config, {len(prompt), bucket}, max(bucket, len(prompt) + NEW)) as runtime:
-        for rows in (bucket, len(prompt)):
-            _prefill(runtime, rows)
+        for ids in (*_prompts(runtime, [bucket], config.seed).values(), prompt):
+            _prefill(runtime, ids)
         new = min(NEW, runtime.max_len - len(prompt))
         decoding = Decoding(runtime, prompt, new, bucket, config.disturb_captures)
         for number in range(config.repeats):
@@ -174,10 +177,16 @@ def _executor(runtime: Runtime) -> LoweredExecutor:
     return runtime._executor
 
 
-def _prefill(runtime: Runtime, rows: int) -> str:
-    """Serve one prompt whose bucket is `rows`: its step has run then, and its inputs are in place. Returns the path."""
-    count = min(rows, runtime.max_len - 1)
-    return runtime.generate([i % 7 + 3 for i in range(count)], max_new_tokens=1, stop=[]).paths[0]
+def _prompts(runtime: Runtime, buckets: Iterable[int], seed: int) -> dict[int, list[int]]:
+    """A prompt for each bucket, as long as that with room for one new token."""
+    counts = {rows: min(rows, runtime.max_len - 1) for rows in buckets}
+    made = measure.prompts(runtime.model, set(counts.values()), seed)
+    return {rows: made[count] for rows, count in counts.items()}
+
+
+def _prefill(runtime: Runtime, prompt: list[int]) -> str:
+    """Serve one prompt: the step of its bucket has run then, and its inputs are in place. Returns the path."""
+    return runtime.generate(prompt, max_new_tokens=1, stop=[]).paths[0]
 
 
 def _row(part: str, **columns: Any) -> Row:

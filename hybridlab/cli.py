@@ -195,7 +195,7 @@ for _name, _module in (("cache", cachebench), ("bench", kernelbench), ("trace", 
     app.command(_name, epilog=_module.EXAMPLES)(_module.command)
 
 
-@app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600",
+@app.command(epilog=examples("hybridlab reproduce", "hybridlab reproduce --repeats 400 --budget-s 3600 --restarts 3",
                               "hybridlab reproduce --publish",
                               "hybridlab reproduce --paper --model random:llama-2-7b --repeats 1000"))
 def reproduce(
@@ -203,6 +203,8 @@ def reproduce(
     repeats: Annotated[int, option("Rounds of 05 or 10, at most; one is a TTFT of every arm and length.", min=1)] = 60,
     budget_s: Annotated[float, option("05, and each part of 10, starts no new round after this many seconds.",
                                       "--budget-s", min=1)] = 90.0,
+    restarts: Annotated[int, option("Fresh processes that share the rounds and the seconds of 05.", min=1,
+                                    max=64)] = 1,
     paper: Annotated[bool, option("Instead: 10, the paper's tables, ablations and claims; raise --budget-s "
                                         "where its reading says that a part ended early.", "--paper")] = False,
     runs: Runs = None,
@@ -222,7 +224,10 @@ def reproduce(
         if publish and checkout is None:
             raise ConfigError("--publish needs a checkout", "hybridlab runs from an installed package",
                               "clone the repository")
-        plan = (job.paper_steps if paper else job.steps)(model, repeats, budget_s)
+        if paper and restarts > 1:
+            raise ConfigError(f"--paper with --restarts {restarts}", "notebook 10 measures in one process",
+                              "leave one of them out")
+        plan = job.paper_steps(model, repeats, budget_s) if paper else job.steps(model, repeats, budget_s, restarts)
         done = job.run_all(plan, (checkout or Path.cwd()) / "notebooks", err, root=runs)
         run_path = done[job.PAPER if paper else job.ABLATION].run_path
         print((job.paper_shown if paper else job.shown)(run_path, paths.figures_dir(), err))

@@ -12,7 +12,7 @@ from hybridlab.frames import Build, Describe, Described, Done, Echo, Prepare, Re
 from hybridlab.handover import now_ns
 from hybridlab.link import Link
 from hybridlab.plan import Plan
-from hybridlab.tokens import Step
+from hybridlab.tokens import Seen, Step
 
 if TYPE_CHECKING:
     from hybridlab.request import Request
@@ -23,7 +23,8 @@ class Client:
     ends the worker, and so does dropping the last reference to this.
 
     `client_ms`: of the last request, by this process's clock, from the request leaving until its first id was here and
-    then from one id to the next; `handover_ms`: from each id on the worker's host until it was here.
+    then from one id to the next; `handover_ms`: from each id on the worker's host until it was here; `seen`: what the
+    worker saw meanwhile.
     Raises: what building an engine raises, and what a `Link` raises.
     """
 
@@ -31,6 +32,7 @@ class Client:
         self.config = config
         self.client_ms: list[float] = []
         self.handover_ms: list[float] = []
+        self.seen: Seen | None = None
         self._device_ms: list[float] = []
         self.link = Link(folder, config.step_timeout_s)
         try:
@@ -44,7 +46,7 @@ class Client:
     def serve(self, asked: Request) -> Generator[tuple[Step, float], None, None]:
         """The steps of one request with their milliseconds by the worker's clock. The worker gives them as fast as it
         can and the ring has room; the caller takes them."""
-        self.client_ms, self.handover_ms, self._device_ms = [], [], []
+        self.client_ms, self.handover_ms, self._device_ms, self.seen = [], [], [], None
         before = now_ns()
         with self.link.request(ids=asked.ids, max_new_tokens=asked.max_new_tokens, sampling=asked.sampling,
                                stop=asked.stop):
@@ -56,6 +58,7 @@ class Client:
                 before = now
                 yield Step(given.id, way.path, way.reason), given.ms
             self._device_ms = found.device_ms
+            self.seen = Seen(found.ended_ns, found.happenings, found.profiled)
 
     def device_ms(self, count: int) -> list[float]:
         """Of the last request's first `count` tokens, see `Output.device_ms`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlab import conversation, names
+from hybridlab import conversation
 from hybridlab.children import module
 from hybridlab.config import REPLAYING, RuntimeConfig, build
 from hybridlab.errors import ConfigError, MeasureError
@@ -25,8 +25,8 @@ Row = dict[str, Any]
 
 
 def run(model: str = "tiny", arm: str = "hybrid", policy: str = "whole", device: str = "auto",
-        dtype: str | None = None, caches: Sequence[str] = CACHES, repeats: int = 3, timeout_s: float = 600.0,
-        report: Report = lambda what, done, total: None) -> list[Row]:
+        dtype: str | None = None, caches: Sequence[str] = CACHES, repeats: int = 3, seed: int = 0,
+        timeout_s: float = 600.0, report: Report = lambda what, done, total: None) -> list[Row]:
     """Rows of `repeats` fresh processes for each state of the caches: caches, process, stage, ms (of this stage) and
     total_ms (since just before the process was started).
 
@@ -40,19 +40,21 @@ def run(model: str = "tiny", arm: str = "hybrid", policy: str = "whole", device:
     longer than `timeout_s`.
     """
     settings = {"arm": arm, "policy": policy, "device": device, "dtype": dtype}
+    from hybridlab import measure, outlines  # late: the process that is timed begins here, too
+
     build(RuntimeConfig, settings)
-    names.context(model)
     wrong = [word for word in caches if word not in CACHES]
     if wrong or repeats < 1:
         raise ConfigError(f"caches is {list(caches)}, repeats {repeats}", f"caches are {' or '.join(CACHES)}",
                           "give some of these, and at least one repeat")
+    (prompt,) = measure.prompts(outlines.outline(model, device=device, dtype=dtype), [PROMPT], seed).values()
     rows, total = list[Row](), len(caches) * repeats
     for done in range(total):
         state, process = caches[done % len(caches)], done // len(caches)
         report(f"cold start, {state} caches", done, total)
         with tempfile.TemporaryDirectory(prefix="hybridlab-") as empty:
             places = {name: str(Path(empty) / name) if state == "cold" else os.environ.get(name) for name in VARIABLES}
-            started, ended = _child(json.dumps({"model": model, "settings": settings}),
+            started, ended = _child(json.dumps({"model": model, "settings": settings, "prompt": prompt}),
                                     {name: place for name, place in places.items() if place}, timeout_s)
         before = started
         for stage, at in ended.items():
@@ -73,7 +75,7 @@ def _now() -> int:
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
-def _stages(model: str, settings: dict[str, Any], note: Callable[[str], None]) -> None:
+def _stages(model: str, settings: dict[str, Any], prompt: list[int], note: Callable[[str], None]) -> None:
     from hybridlab import models
     from hybridlab.runtime import Runtime
 
@@ -82,7 +84,6 @@ def _stages(model: str, settings: dict[str, Any], note: Callable[[str], None]) -
     note("model")
     with Runtime(loaded, **settings) as runtime:
         note("runtime")
-        prompt = [number % 7 + 3 for number in range(PROMPT)]
         runtime.generate(prompt, max_new_tokens=1, stop=[])
         note("first token")
         if settings["arm"] not in REPLAYING:

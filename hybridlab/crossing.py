@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybridlab import measure
+from hybridlab import measure, ranges
 from hybridlab.client import Client
 from hybridlab.errors import MeasureError
 from hybridlab.handover import now_ns
@@ -30,17 +30,18 @@ def crossing(here: Runtime, worker: Runtime, seed: int, turns: int = TURNS) -> I
     """
     engine = worker._engine
     assert isinstance(engine, Client)
-    prompt, rng = [number % 7 + 3 for number in range(PROMPT)], np.random.default_rng(seed)
+    (prompt,), rng = measure.prompts(here.model, [PROMPT], seed).values(), np.random.default_rng(seed)
     for runtime in (here, worker):
         runtime.warm_up([PROMPT])
         runtime.settle()
     with measure.frozen_heap():
         for turn in range(turns):
             found: dict[str, tuple[float, float]] = {}
-            ids: dict[str, list[int]] = {}
+            ids, seen = dict[str, list[int]](), None
             with measure.quiet_collector():
                 for name in rng.permutation(["here", "worker"]).tolist():
                     out = (worker if name == "worker" else here).generate(prompt, max_new_tokens=NEW, stop=[])
+                    seen = out.seen or seen
                     first, *gaps = out.client_ms or [out.ttft_ms, *out.itl_ms]
                     found[name], ids[name] = (first, float(np.median(gaps))), out.ids
                 trips = [_trip(engine) for _ in range(ECHOES)]
@@ -50,7 +51,8 @@ def crossing(here: Runtime, worker: Runtime, seed: int, turns: int = TURNS) -> I
             for index, step in enumerate(("first token", "gap")):
                 rows += [_row(turn, name, step, found[name][index], "ms") for name in ("here", "worker")]
                 rows.append(_row(turn, "worker / here", step, found["worker"][index] / found["here"][index], "×"))
-            yield rows
+            profiled = ranges.listening() or (seen is not None and seen.profiled)
+            yield [row | {"profiled": profiled} for row in rows]
 
 
 def _trip(engine: Client) -> float:

@@ -28,7 +28,7 @@ from hybridlab.machine import ridge
 from hybridlab.partitioning import partition
 from hybridlab.plan import Plan
 from hybridlab.request import Request
-from hybridlab.tokens import Step
+from hybridlab.tokens import Seen, Step
 
 DEFAULT_MAX_LEN = 4096  # tokens; a 128 k context would fill the memory with a KV cache that few requests need
 
@@ -54,6 +54,7 @@ class Engine:
         self._busy = threading.Lock()
         self.closed = False
         self.client_ms: list[float] = []  # nothing stands between: a client's clock is the host's
+        self.seen: Seen | None = None     # and whoever measures sees what happens here
 
     def _ridge(self) -> float | None:
         """Of the machine, if the ladder of buckets is to be made from it."""

@@ -13,14 +13,26 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 
-from hybridlab import environment, limits, measure, models, names, outlines, records, restarts, roofline, stats, wording
+from hybridlab import (
+    environment,
+    limits,
+    measure,
+    models,
+    names,
+    outlines,
+    records,
+    restarts,
+    roofline,
+    stats,
+    telemetry,
+    wording,
+)
 from hybridlab.cells import cells, require_distinct, require_steps
 from hybridlab.children import asked
 from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import RunError
 from hybridlab.progress import Report, reporter
 from hybridlab.runtime import Runtime
-from hybridlab.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,10 @@ class Shown:
             return ""
         return (f"The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): other work stretched "
                 "the tails.")
+
+    def during(self) -> str:
+        """What clocks and power say against its times, in words; empty where they say nothing, or were not read."""
+        return telemetry.words([self.recorded.extra.get("during", {})])
 
     def _sizes(self) -> list[str]:
         counts = self.rows["metric"].value_counts()
@@ -175,15 +191,15 @@ def _measure(model: Any, device: torch.device, prompts: dict[int, list[int]], co
             require_agreement(runtimes, prompts, config)
         for runtime in runtimes.values():
             stack.enter_context(runtime.sealed())
-        telemetry = stack.enter_context(Telemetry(device.index or 0 if device.type == "cuda" else None))
+        clocks = stack.enter_context(telemetry.Telemetry.of(device))
         started, done = time.monotonic(), 0
-        for done, rows in enumerate(measure.rounds(runtimes, prompts, config, process=process, telemetry=telemetry),
+        for done, rows in enumerate(measure.rounds(runtimes, prompts, config, process=process, telemetry=clocks),
                                     start=1):
             target.append(rows)
             _check_undisturbed(rows)
             report(_remaining(done, time.monotonic() - started, config), done, config.repeats)
         return {"rounds": done, "measured_s": round(time.monotonic() - started, 1), "roofline": limits,
-                "during": telemetry.summary(),
+                "during": clocks.summary(),
                 "counters": {arm: dict(runtime.counters.as_dict()) for arm, runtime in runtimes.items()}}
 
 

@@ -26,7 +26,8 @@ Row = dict[str, Any]
 
 def run(system: str, **asked: Any) -> list[Row]:
     """Rows of one system in a fresh process: metric "first" (index 0 to 4) of each length in turn, then "repeated"
-    (index 0 to `calls` - 1), each with prompt_tokens, ms, path, reason, bucket, captures and compiles.
+    (index 0 to `calls` - 1), each with prompt_tokens, ms, path, reason, bucket, captures, compiles and
+    profiled.
 
     The clock is the runtime's: token ids on the host → first new id there. Outside of it, as published: starting the
     process, loading the model, and what a system captures ahead. Nothing is discarded, nothing interleaved, garbage is
@@ -43,7 +44,7 @@ def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any],
            buckets: list[int], calls: int, max_len: int, temperature: float, seed: int, threads: int) -> Iterator[Row]:
     import torch
 
-    from hybridlab import measure, models
+    from hybridlab import measure, models, ranges
     from hybridlab.runtime import Runtime
 
     torch.set_num_threads(threads)
@@ -59,6 +60,7 @@ def _calls(model: str, device: str, dtype: str | None, settings: dict[str, Any],
                     after = runtime.counters.as_dict()
                     yield {"metric": metric, "prompt_tokens": length, "index": index, "ms": out.ttft_ms,
                            "path": out.paths[0], "reason": out.reasons[0] or "", "bucket": out.bucket,
+                           "profiled": ranges.listening(),
                            **{name: int(after[name] - before[name]) for name in ("captures", "compiles")}}
 
 

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.errors import ProtocolError
+from hybridlab.tokens import Happening
 
 LIMIT = 64 * 2**20  # bytes of a frame, its length aside
 LENGTH = struct.Struct(">I")
@@ -107,10 +108,14 @@ class Way(Frame):
 
 
 class Done(Frame):
-    """An order is carried out: `tokens` were given, with these times by the device's clock."""
+    """An order is carried out: `tokens` were given, with these times by the device's clock; when each was there, what
+    happened in the worker meanwhile, and whether a profiler listened there."""
 
     tokens: Count = 0
     device_ms: list[Ms] = []
+    ended_ns: list[Count] = []
+    happenings: list[Happening] = []
+    profiled: bool = False
 
 
 class Described(Frame):

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from hybridlab.errors import StatisticsError
+from hybridlab.stats import unprofiled
 
 BLOCKS, LEAST = 24, 96  # blocks whose medians are looked at, and rows that they need
 SETTLING = 0.1          # of the rows: caches fill, allocators find their size
@@ -78,7 +79,7 @@ def slope(at_s: ArrayLike, values: ArrayLike) -> Slope:
 def slopes(rows: pd.DataFrame) -> dict[Quantity, Slope]:
     """The slope of each quantity that the rows of a soak hold, in its unit. Gaps are those of requests whose worker was
     left alone."""
-    found = {}
+    found, rows = {}, unprofiled(rows)
     for quantity in WATCHED:
         own = rows[rows[quantity.column].notna()]
         if quantity.column == "itl_ms":

@@ -65,13 +65,14 @@ def run(config: BenchConfig | Mapping[str, Any], root: Path | str | None = None,
     checked = plan(config)
     from hybridlab import experiment
     from hybridlab.kernellab import KernelResult, Lab
+    from hybridlab.telemetry import Telemetry
 
     with (reporter(progress) as report,
           experiment.threads(checked.config.threads, on_cpu=checked.device.type == "cpu"),
-          experiment.recording(checked.config, root) as target):
-        failed = Lab(checked, target, report).record()
+          experiment.recording(checked.config, root) as target, Telemetry.of(checked.device) as clocks):
+        failed = Lab(checked, target, report, clocks).record()
         reason = f"{len(failed)} could not be timed: {'; '.join(failed)}" if failed else ""
-        status = target.finish("failed" if failed else "complete", reason)
+        status = target.finish("failed" if failed else "complete", reason, {"during": clocks.summary()})
         report(f"run {target.path.name}: {status}", 1, 1)  # what stays in a notebook
     return KernelResult.open(target.path)
 

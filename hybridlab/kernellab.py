@@ -17,6 +17,7 @@ from hybridlab.opbench import Case, Sizes
 from hybridlab.records import Run
 from hybridlab.runtime import Runtime
 from hybridlab.tape import Tape
+from hybridlab.telemetry import Telemetry
 
 STEPS = {"torch": ("torch",), "kernel": ("fused", "fused, no graph"), "kernel, pdl": ("fused, pdl",)}
 WARM = 2  # replays of each before the timed ones
@@ -48,7 +49,7 @@ class KernelResult(experiment.Shown):
         """The result in words; every number is computed from the rows."""
         if not (self.rows["metric"] == "step").any():
             return f"Run {self.run_id} holds no whole step: {self.reason or self.status}."
-        parts = [kernelanswers.in_short(self.rows)]
+        parts = [kernelanswers.in_short(self.rows), *filter(None, [self.during()])]
         if self.on_cpu:
             parts.append("These are CPU timings: a graph is a tape of the recorded calls and a kernel is Inductor's "
                          "here; they are not GPU times.")
@@ -77,8 +78,9 @@ class Timed(NamedTuple):
 
 class Lab:
     """All that is timed of one plan."""
-    def __init__(self, checked: Plan, target: Run, report: Callable[[str, int, int], None]) -> None:
-        self.plan, self.target, self.report = checked, target, report
+    def __init__(self, checked: Plan, target: Run, report: Callable[[str, int, int], None],
+                 clocks: Telemetry) -> None:
+        self.plan, self.target, self.report, self.telemetry = checked, target, report, clocks
         self.failed: list[str] = []
         self.order = 0
         read, count = opbench.reading(checked.device)
@@ -146,6 +148,7 @@ class Lab:
                                                         "order": self.order})
             self.order += 1
         self.target.append(rows)
+        self.telemetry.sample()
 
 
 @contextmanager

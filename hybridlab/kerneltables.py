@@ -42,7 +42,7 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
 def compared(rows: pd.DataFrame, op: str, context: int, base: str, variant: str) -> Compared | None:
     """What `variant` of an operation, or of op "step", saves against `base`, round by round; None where rows of one
     are missing."""
-    own = rows[(rows["op"] == op) & (rows["context"] == context)].sort_values("order")
+    own = stats.unprofiled(rows)[(rows["op"] == op) & (rows["context"] == context)].sort_values("order")
     before, after = (own.loc[own["variant"] == name, "us"].to_numpy(float) for name in (base, variant))
     if not len(before) or len(before) != len(after):
         return None
@@ -58,7 +58,7 @@ def in_ms(line: dict[str, Any]) -> dict[str, Any]:
 
 def _table(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     names = ["op", "context", "variant"]
-    own = rows[rows["metric"] == metric]
+    own = stats.unprofiled(rows)[rows["metric"] == metric]
     cells = dict(list(own.sort_values("order").groupby(names, sort=False)))
     reads = rows[rows["metric"] == "read"]
     ops, variants = ({name: at for at, name in enumerate(known)} for known in (OPS, VARIANTS))

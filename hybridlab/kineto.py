@@ -24,6 +24,7 @@ from hybridlab.ranges import PREFIX
 LIMIT_BYTES = 2**29  # of a trace when decompressed
 DEVICE = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy"}
 CALLS = ("cuda_runtime", "cuda_driver")
+OURS = {"range", "launch"}  # categories of what `perfetto` writes, and of nothing that Kineto does
 HOST = (*CALLS, "user_annotation", "cpu_op")
 LATEST_US = Decimal(events.LIMIT // 2000)
 
@@ -59,7 +60,7 @@ def read(path: str | Path) -> pd.DataFrame:
     """The events of a trace, see `events.COLUMNS`. Without a GPU there is no device work: operations are the work.
 
     Raises: TraceError for a file that is missing, no such trace, damaged, beyond LIMIT_BYTES when decompressed, or of
-    several devices.
+    several devices; and for an export of our own.
     """
     path = Path(path)
     try:
@@ -67,6 +68,11 @@ def read(path: str | Path) -> pd.DataFrame:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TraceError(f"{path.name} is no trace of PyTorch's profiler", str(error),
                          "give a file that export_chrome_trace wrote") from None
+    kinds = {event.cat for event in trace.traceEvents}
+    if kinds & OURS and not kinds & {*HOST, "ac2g"}:
+        raise TraceError(f"{path.name} is an export of hybridlab for Perfetto", "not what a profiler wrote",
+                         "look at it at https://ui.perfetto.dev, or open its run: "
+                         "hl.tracelab.TraceResult.open(DIRECTORY)")
     devices: set[int | None] = set()
     rows = list(_rows(trace.traceEvents, path.name, devices))
     events.one_device(devices)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hybridlab import environment, experiment, measure, models, names, roofline
+from hybridlab import environment, experiment, measure, models, names, ranges, roofline
 from hybridlab.cells import cells, require_steps
 from hybridlab.config import RunConfig
 from hybridlab.errors import MeasureError, PromptError, RunError
@@ -141,10 +141,11 @@ def _attended(number: int, tell: Tell, told: Told) -> None:
 
 def _request(arm: str, runtime: Runtime, ids: list[int], config: RunConfig, numbers: tuple[int, int],
              say: Tell) -> None:
-    before = runtime.counters.as_dict()
+    before, profiled = runtime.counters.as_dict(), ranges.listening()
     with measure.quiet_collector():
         for index, token in enumerate(_stream(runtime, ids, config)):
-            say(Row(arm, *numbers, index, len(ids) + index, token.id, token.ms, token.path, token.reason))
+            say(Row(arm, *numbers, index, len(ids) + index, token.id, token.ms, token.path, token.reason,
+                    profiled))
     after = runtime.counters.as_dict()
     happened = {name: after[name] - before[name] for name in ("captures", "compiles")}
     if any(happened.values()):

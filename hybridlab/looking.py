@@ -75,7 +75,7 @@ def table(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
 
 
 def _gaps(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
-    return rows[(rows["metric"] == "itl") & (rows["round"] < 2 * len(held))]
+    return stats.unprofiled(rows)[(rows["metric"] == "itl") & (rows["round"] < 2 * len(held))]
 
 
 def _named(label: str, found: stats.Estimate) -> dict[str, float]:

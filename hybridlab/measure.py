@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from hybridlab import collector, paths, ranges, tails
 from hybridlab.cells import cells
@@ -131,19 +130,18 @@ def rounds(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], co
     are counted in each of its rows; a valid timed region has none. Clocks and power are read between requests.
     """
     started, request, named = clock(), 0, cells(config)
-    profiled = ranges.listening()
     with frozen_heap(), tails.Watch() as watch:
         for number in range(config.repeats):
             if number and clock() - started >= config.budget_s:
                 return
-            rows: list[Row] = []
+            rows, profiled = list[Row](), ranges.listening()
             order = shuffled(runtimes, prompts, config, round_=config.warmup + number, itl=number < config.itl_repeats,
                              process=process)
             for arm, length, protocol in order:
                 served = serve(runtimes[arm], prompts[length], protocol, config, watch)
                 common = {"round": number, "request": request, "arm": arm, "policy": policy_name(named[arm].policy),
-                          "prompt_tokens": length, "process": process, "profiled": profiled}
-                rows += [common | row for row in served]
+                          "prompt_tokens": length, "process": process}
+                rows += [common | row | {"profiled": profiled or row["profiled"]} for row in served]
                 request += 1
                 if telemetry is not None:
                     telemetry.sample()
@@ -157,14 +155,11 @@ def explained(rows: list[Row], watch: tails.Watch, telemetry: Telemetry | None =
     """The rows of a round, each with what happened meanwhile: seen by the watch and the clocks, or counted in the row.
     """
     ended, ms = [row["ended_ns"] for row in rows], [row["ms"] for row in rows]
-    happenings = watch.happenings()
     changes = telemetry.clock_changes(since_ns=min(ended) - int(max(ms) * 1e6)) if telemetry is not None else []
-    if len(changes):
-        happenings = pd.concat([happenings, changes]) if len(happenings) else changes
+    found = tails.during(ms, ended, [*watch.happenings(), *changes])
     watch.forget(max(ended))
-    found = tails.during(pd.DataFrame({"ms": ms, "end_ns": ended}), happenings)
-    return [row | {"happened": _with_counted(row, seen), "happened_ms": taken} for row, seen, taken in zip(
-        rows, found["happened"].tolist(), found["happened_ms"].tolist(), strict=True)]
+    return [row | {"happened": _with_counted(row, seen), "happened_ms": taken}
+            for row, (seen, taken) in zip(rows, found, strict=True)]
 
 
 def _with_counted(row: Row, seen: str) -> str:
@@ -182,11 +177,13 @@ def shuffled(runtimes: Mapping[str, Any], prompts: Mapping[int, list[int]], conf
 
 
 def serve(runtime: Any, ids: list[int], protocol: Protocol, config: RunConfig, watch: tails.Watch) -> list[Row]:
-    """The rows of one timed request; `runtime`: a `Runtime`, or what answers and counts as one does."""
+    """The rows of one timed request; `runtime`: a `Runtime`, or what answers and counts as one does. What a worker
+    timed ended when the worker says so, and what happened meanwhile is what it saw: its clock is of the same machine.
+    """
     count, ended = protocol.tokens(config), list[int]()
     before = runtime.counters.as_dict()
     with quiet_collector():
-        watch.sample()
+        began = watch.sample()
         out = runtime.generate(ids, max_new_tokens=count, temperature=config.temperature, top_k=config.top_k,
                                top_p=config.top_p, seed=config.seed, stop=[],
                                each=lambda: ended.append(watch.sample()))
@@ -196,13 +193,18 @@ def serve(runtime: Any, ids: list[int], protocol: Protocol, config: RunConfig, w
                            f"{len(out.itl_ms)} gaps, {len(out.paths)} paths, {len(out.reasons)} reasons",
                            "a request that ends early cannot be compared; report this as a fault of the runtime")
     happened = {name: int(after.get(name, 0) - before.get(name, 0)) for name in ("captures", "compiles")}
+    if out.seen is not None:
+        watch.replace(began, out.seen.happenings)
+        ended = out.seen.ended_ns
     return answered(out, len(ids), protocol, ended, happened)
 
 
 def answered(out: Output, prompt_tokens: int, protocol: Protocol, ended: Sequence[int],
              happened: Mapping[str, int]) -> list[Row]:
-    """A row a timed token of what a request answered; `ended`: stamps of all its tokens, `happened`: counters."""
-    common = {"bucket": out.bucket, "metric": protocol.metric, **happened}
+    """A row a timed token of what a request answered; `ended`: stamps of all its tokens, `happened`: counters.
+    profiled: whether a profiler listened in a second process that served it."""
+    common = {"bucket": out.bucket, "metric": protocol.metric, **happened,
+              "profiled": out.seen is not None and out.seen.profiled}
     return [common | {"index": index, "position": prompt_tokens + index, "ms": float(ms), "path": out.paths[index],
                       "reason": out.reasons[index] or "", "ended_ns": ended[index],
                       "device_ms": out.device_ms[index] if out.device_ms else None,

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridlab import measure
 from hybridlab.lowered import LoweredExecutor
 from hybridlab.runtime import Runtime
 
 Row = dict[str, Any]
 
 
-def memory(runtime: Runtime, lengths: Iterable[int]) -> Iterator[Row]:
+def memory(runtime: Runtime, lengths: Iterable[int], seed: int = 0) -> Iterator[Row]:
     """Rows in MiB: step, value, unit, of one runtime that has captured nothing yet.
 
     "weights": parameters and buffers, a storage that several share counted once; "KV cache": of the static cache;
@@ -22,6 +23,7 @@ def memory(runtime: Runtime, lengths: Iterable[int]) -> Iterator[Row]:
     a shared pool the first brings the memory (on a CPU: the buffers that a tape keeps); on a GPU also "allocated" and
     "reserved", the most that PyTorch's allocator held while one request of each length was served. No clock.
     """
+    lengths = sorted(set(lengths), reverse=True)
     yield _row("weights", held(runtime.model))
     executor = runtime._executor
     if isinstance(executor, LoweredExecutor):
@@ -29,14 +31,15 @@ def memory(runtime: Runtime, lengths: Iterable[int]) -> Iterator[Row]:
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     before = runtime.counters.graph_bytes
-    for length in sorted(set(lengths), reverse=True):
+    prompts = measure.prompts(runtime.model, {*lengths, 1}, seed)
+    for length in lengths:
         captured = runtime.counters.captures
-        runtime.generate([number % 7 + 3 for number in range(length)], max_new_tokens=1, stop=[])
+        runtime.generate(prompts[length], max_new_tokens=1, stop=[])
         if runtime.counters.captures > captured:
             yield _row(f"graph of {runtime.bucket_for(length)} rows", runtime.counters.graph_bytes - before)
         before = runtime.counters.graph_bytes
     captured = runtime.counters.captures
-    runtime.generate([3], max_new_tokens=2, stop=[])
+    runtime.generate(prompts[1], max_new_tokens=2, stop=[])
     if runtime.counters.captures > captured:
         yield _row("decode graph", runtime.counters.graph_bytes - before)
     if runtime.device.type == "cuda":

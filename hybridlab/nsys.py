@@ -115,11 +115,17 @@ class _Export:
                        "process": _process(row["globalTid"])}
 
     def ranges(self) -> Iterator[Row]:
-        """The closed ranges of hybridlab's domain, which each process numbers by itself."""
+        """The closed ranges of hybridlab's domain, which each process numbers by itself. Raises: TraceError where there
+        are ranges of domains, and no name of one."""
         rows = list(self.rows("NVTX_EVENTS", "start", "end", "eventType", "globalTid", "domainId", "text", "textId",
                               *PAYLOADS, needed=4))
         own = {(_process(row["globalTid"]), row["domainId"]) for row in rows
                if row["eventType"] == DOMAIN_CREATE and self._text(row) == DOMAIN}
+        if not any(row["eventType"] == DOMAIN_CREATE for row in rows) and any(
+                row["eventType"] in (PUSH_POP, START_END) and row["domainId"] for row in rows):
+            raise TraceError(f"{self.name} does not say which of its NVTX domains is {DOMAIN!r}",
+                             f"{len(rows)} rows of NVTX_EVENTS, none that names a domain (eventType {DOMAIN_CREATE})",
+                             "record it again from the start of the process, with --trace=cuda,nvtx")
         for row in rows:
             process = _process(row["globalTid"])
             if row["eventType"] not in (PUSH_POP, START_END) or row["end"] is None or (

@@ -21,7 +21,7 @@ ROUND = 40  # requests whose rows are made together: four arms at ten prompt len
 Row = dict[str, Any]
 
 
-def overhead(runtime: Runtime, arm: str) -> Iterator[Row]:
+def overhead(runtime: Runtime, arm: str, seed: int = 0) -> Iterator[Row]:
     """Rows of what one token costs to observe, a turn (round) each: step, value, unit.
 
     "span": ns in and out of one range where nobody listens; "spans": ranges that one decode step enters, counted;
@@ -29,7 +29,7 @@ def overhead(runtime: Runtime, arm: str) -> Iterator[Row]:
     round of requests answered to finished rows in a table, all of it outside of every clock. "itl": ns between
     two tokens in the same process, medians of requests. "share": (span · spans + stamp + row) / itl.
     """
-    prompt = [number % 7 + 3 for number in range(PROMPT)]
+    (prompt,) = measure.prompts(runtime.model, [PROMPT], seed).values()
     runtime.warm_up([PROMPT])
     spans = _spans(runtime, prompt)
     with measure.frozen_heap(), measure.quiet_collector(), tails.Watch() as watch:
@@ -73,7 +73,7 @@ def _spans(runtime: Runtime, prompt: list[int]) -> int:
 
 def _row(out: Output, arm: str, watch: tails.Watch) -> float:
     """ns a token of what `measure.rounds` and a run do with a round of answered requests, collections aside."""
-    common = {"round": 0, "arm": arm, "policy": "", "prompt_tokens": PROMPT, "process": 0, "profiled": False}
+    common = {"round": 0, "arm": arm, "policy": "", "prompt_tokens": PROMPT, "process": 0}
     ended = [watch.sample() for _ in out.ids]
     start = time.perf_counter_ns()
     rows = [common | {"request": request} | row for request in range(ROUND)

@@ -74,7 +74,7 @@ def weights(arms: Arms) -> Iterator[list[Row]]:
     with Runtime(arms.model, arm="hybrid", kernels="torch", capture="sync", buckets=arms.config.buckets,
                  max_len=arms.max_len) as runtime:
         yield [row("memory", arm="hybrid", metric=one["step"], value=one["value"], unit=one["unit"])
-               for one in memory(runtime, arms.lengths)]
+               for one in memory(runtime, arms.lengths, arms.config.seed)]
 
 
 def protocol(arms: Arms) -> Iterator[list[Row]]:
@@ -92,7 +92,7 @@ def protocol(arms: Arms) -> Iterator[list[Row]]:
             temperature=config.temperature, seed=config.seed, threads=config.threads)
         yield [row("protocol", arm=system, request=number, tokens=one["prompt_tokens"], index=one["index"],
                    position=one["prompt_tokens"], metric=one["metric"], value=one["ms"], path=one["path"],
-                   reason=one["reason"], captures=one["captures"], compiles=one["compiles"],
+                   reason=one["reason"], captures=one["captures"], compiles=one["compiles"], profiled=one["profiled"],
                    state=state(system.partition(",")[0], one["path"], one["bucket"], one["prompt_tokens"],
                                one["captures"])) for number, one in enumerate(found)]
 
@@ -109,6 +109,7 @@ def ipc(arms: Arms) -> Iterator[list[Row]]:
         for done, rows in enumerate(_while(arms, crossing.crossing(here, worker, config.seed)), 1):
             arms.report("two processes in turns", done, crossing.TURNS)
             yield [row("ipc", arm=one["setting"], round=one["round"], tokens=crossing.PROMPT, metric=one["step"],
+                       profiled=one["profiled"],
                        **_in_ms(one["value"], one["unit"])) for one in rows]
 
 

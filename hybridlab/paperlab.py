@@ -15,6 +15,7 @@ from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import Arms, Row
 from hybridlab.progress import reporter
 from hybridlab.report import Grid
+from hybridlab.telemetry import Telemetry
 
 LEDGER = "ledger"
 
@@ -64,7 +65,7 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy()]
+        words = [papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy(), self.during()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "times on a GPU are not judged by them.")
@@ -101,11 +102,13 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
         model = models.load(config.model, device=config.device, dtype=config.dtype)
         arms = Arms(model, config, report)
         on_cpu = model.device.type == "cpu"
-        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target:
+        with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target, \
+                Telemetry.of(model.device) as clocks:
             target.append(arms.clipped)
             for rows in _parts(arms):
                 target.append(rows)
-            target.finish("complete")
+                clocks.sample()
+            target.finish("complete", extra={"during": clocks.summary()})
             report("; ".join([f"run {target.path.name}: complete",  # what stays in a notebook
                               *(f"{part}: {words}" for part, words in arms.ended.items())]), 1, 1)
     return PaperResult.open(target.path)

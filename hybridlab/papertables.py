@@ -60,7 +60,7 @@ def p99(rows: pd.DataFrame, caption: str) -> Grid:
 def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFrame:
     """Median and p99 of gaps by position: arm, position (the middle of `together` of them), n, p50, p50_low, p50_high,
     and p99 (NaN where n does not allow one), in ms."""
-    own = rows[(rows["part"] == part) & (rows["metric"] == "gap")]
+    own = stats.unprofiled(rows)[(rows["part"] == part) & (rows["metric"] == "gap")]
     lines = []
     for (arm, place), cell in own.groupby(["arm", (own["index"] - 1) // together], sort=False):
         if len(cell) >= stats.needed(0.5):
@@ -75,7 +75,7 @@ def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFra
 def effects(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an ablation that the rows allow: what, n, mean and tail (Estimate of the relative increase of mean and
     p99, None where n does not allow one), and published (a fraction, None where none is)."""
-    found = []
+    found, rows = [], stats.unprofiled(rows)
     for what, part, ablated, base, cell in ABLATIONS:
         own, other = (rows[(rows["part"] == part) & (rows["arm"] == arm) & rows["metric"].isin(["ttft", "gap"])]
                       for arm in (ablated, base))
@@ -98,7 +98,7 @@ def ablations(rows: pd.DataFrame, caption: str) -> Grid:
 
 def protocol(rows: pd.DataFrame, caption: str) -> Grid:
     """The published protocol beside the sound one: mean ± std of five first calls, P99 of repeats, and warm medians."""
-    own = rows[rows["part"] == "protocol"]
+    own = stats.unprofiled(rows)[rows["part"] == "protocol"]
     warm = {(arm, tokens): found for arm, tokens, found in by_length(rows, "ttft", "median")}
     lines = []
     for (arm, tokens), cell in own.groupby(["arm", "tokens"], sort=False):
@@ -117,7 +117,7 @@ def protocol(rows: pd.DataFrame, caption: str) -> Grid:
 
 def costs(rows: pd.DataFrame, caption: str) -> Grid:
     """What a graph costs by its length: making it, what a replay saves, its bytes; and the rest of memory."""
-    lines = []
+    lines, rows = [], stats.unprofiled(rows)
     if (rows["part"] == "cost").any():
         for line in tallies.break_even(as_cache(rows)).to_dict("records"):
             lines.append([f"{line['setting']}: {line['prompt_tokens']} tokens", number(line["cost_ms"]),
@@ -134,7 +134,7 @@ def costs(rows: pd.DataFrame, caption: str) -> Grid:
 
 def processes(rows: pd.DataFrame, caption: str) -> Grid:
     """What a second process costs: a line a step, a column an arm of part "ipc"."""
-    own = rows[rows["part"] == "ipc"]
+    own = stats.unprofiled(rows)[rows["part"] == "ipc"]
     arms = sorted(own["arm"].drop_duplicates(), key=len)
     lines = [[step, *(_with_unit(cell[cell["arm"] == arm]) for arm in arms)]
              for step, cell in own.groupby("metric", sort=False)]

@@ -147,6 +147,7 @@ class Arms:
             yield [row("ttft", arm=one["arm"], round=one["round"], request=one["request"], tokens=one["prompt_tokens"],
                        position=one["position"], metric="ttft", value=one["ms"], path=one["path"],
                        reason=one["reason"], captures=one["captures"], compiles=one["compiles"],
+                       profiled=one["profiled"],
                        state=state(one["arm"], one["path"], one["bucket"], one["prompt_tokens"], one["captures"]))
                    for one in found]
             self.report(f"first tokens, round {done} of {self.config.repeats}", done, self.config.repeats)

@@ -166,8 +166,7 @@ class Comparison:
     def rounds(self) -> Iterator[list[Row]]:
         """The rows of one finished round at a time, until `repeats` rounds or `budget_s` are over."""
         config, request, done = self.config, 0, 0
-        gpu = 0 if models.resolve_device(config.device).type == "cuda" else None
-        with Telemetry(gpu) as telemetry:
+        with Telemetry.of(models.resolve_device(config.device)) as telemetry:
             started = time.monotonic()
             while done < config.repeats and (not done or time.monotonic() - started < config.budget_s):
                 rows: list[Row] = []
@@ -229,7 +228,7 @@ class Comparison:
             self._leave_out(name, f"round {common['round']}: {error}")
             return []
         common |= {"arm": name, "policy": policy_name(self.own[name].policy) if name in self.own else "",
-                   "prompt_tokens": length, "process": self.numbers[name], "profiled": False}
+                   "prompt_tokens": length, "process": self.numbers[name]}
         return [common | row for row in found]
 
     def _leave_out(self, name: str, why: str) -> None:

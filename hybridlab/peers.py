@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybridlab import conversation, measure, models, nearties, roofline, tails
+from hybridlab import conversation, measure, models, nearties, ranges, roofline, tails
 from hybridlab.config import RunConfig, build, policy, policy_name
 from hybridlab.counters import Counters
 from hybridlab.engines import ENGINES, PeersConfig, version
@@ -155,7 +155,7 @@ class Serving:
         for _ in range(self.config.leading):
             self.peer.generate(ids, 1)
         rows = measure.serve(self.peer, ids, PROTOCOLS[metric], self.protocol, self.watch)
-        return {"rows": measure.explained(rows, self.watch)}
+        return {"rows": measure.explained([row | {"profiled": ranges.listening()} for row in rows], self.watch)}
 
     def tokens(self, ids: list[int]) -> dict[str, Any]:
         return {"ids": self.peer.generate(ids, self.config.new_tokens).ids}

@@ -113,7 +113,7 @@ class Runtime:
             ids=ids, text=self._text(ids), ttft_ms=taken[0][1], itl_ms=[ms for _, ms in taken[1:]],
             paths=[step.path for step, _ in taken], reasons=[step.reason for step, _ in taken],
             bucket=self.bucket_for(len(asked.ids)), device_ms=self._engine.device_ms(len(ids)),
-            client_ms=self._engine.client_ms)
+            client_ms=self._engine.client_ms, seen=self._engine.seen)
 
     def stream(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0,

@@ -20,9 +20,11 @@ def _schema(columns: str, optional: tuple[str, ...] = ()) -> pa.Schema:
 #   process    of the processes that share the rounds, the number of the one that made this row.
 #   device_ms  the same interval by the device's clock; null on a CPU and with several steps a launch.
 #   client_ms  the same interval by the clock of a client that a worker serves; null without a worker.
-#   ended_ns   when it ended, by time.perf_counter_ns of its process.
-#   happened   what happened meanwhile (tails.KINDS), with commas; happened_ms: of what was timed, the time it overlaps.
-#   profiled   a profiler listened: such times are no latencies. Where rows do not say, it is as they are stored.
+#   ended_ns   when it ended, by time.perf_counter_ns of the process that served it, on Linux one clock for all of them.
+#   happened   what happened meanwhile in that process (tails.KINDS), with commas; happened_ms: of what was timed, the
+#              time it overlaps.
+#   profiled   a profiler listened, here or in the process that served it: such times are no latencies. Where rows do
+#              not say, it is as they are stored.
 ABLATION = _schema(
     "run_id:str round:int request:int arm:str policy:str prompt_tokens:int bucket:int index:int position:int "
     "metric:str ms:float path:str reason:str captures:int compiles:int process:int device_ms:float client_ms:float "
@@ -71,7 +73,8 @@ TRACE = _schema(
 # overlap, whether a capture was under way. bytes: of the graph.
 PAPER = _schema(
     "run_id:str part:str arm:str round:int request:int tokens:int index:int position:int metric:str value:float "
-    "unit:str path:str reason:str state:str captures:int compiles:int bytes:int", optional=("bytes",))
+    "unit:str path:str reason:str state:str captures:int compiles:int bytes:int profiled:bool",
+    optional=("bytes", "profiled"))
 
 # One row a request. at_s: seconds since the soak began; itl_ms: the median gap; canary: its tokens were compared with
 # recorded ones; path: of the first token. Memory, files and threads are of this process and its worker, after the
@@ -79,8 +82,8 @@ PAPER = _schema(
 # ("stop", "kill"); recovery_ms: from its death until another served.
 SOAK = _schema(
     "run_id:str request:int at_s:float prompt_tokens:int canary:bool ttft_ms:float itl_ms:float path:str captures:int "
-    "evictions:int graphs:int rss_bytes:int gpu_bytes:int files:int threads:int event:str recovery_ms:float",
-    optional=("gpu_bytes", "recovery_ms"))
+    "evictions:int graphs:int rss_bytes:int gpu_bytes:int files:int threads:int event:str recovery_ms:float "
+    "profiled:bool", optional=("gpu_bytes", "recovery_ms", "profiled"))
 
 # One row a value. part: coldstart, memory, overhead or ipc; setting: of the caches, say; step: what the value is of.
 SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str profiled:bool",

@@ -68,7 +68,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, tag="row"):
-    """One new token, timed as a `Token` is."""
+    """One new token, timed as a `Token` is; whether a profiler listened in the process that measures."""
 
     arm: str
     round: int
@@ -79,6 +79,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True, tag="row"):
     ms: float
     path: str
     reason: str
+    profiled: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -94,7 +95,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 
 
 Said = Progress | Floors | Texts | Ready | Row | Failed | Done
-COLUMNS = ["run_id", "metric", "prompt_tokens", "profiled", *Row.__struct_fields__]
+COLUMNS = ["run_id", "metric", "prompt_tokens", *Row.__struct_fields__]
 
 
 def checked(settings: dict[str, Any], **asked: Any) -> Asked:
@@ -152,7 +153,7 @@ class Session:
         """The rows with the columns that statistics and figures ask for, first tokens as "ttft", gaps as "itl"."""
         found = list(self.rows if rows is None else rows)
         return pd.DataFrame(
-            [(run_id, "itl" if row.index else "ttft", row.position - row.index, False,
+            [(run_id, "itl" if row.index else "ttft", row.position - row.index,
               *(getattr(row, name) for name in Row.__struct_fields__)) for row in found], columns=COLUMNS)
 
     @staticmethod

@@ -24,7 +24,7 @@ def steady(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an arm and metric: n, drift (relative, over the run), drift_p, drifts; modes_p, modes, fast and slow (of
     the median) and slow_share. None where n is too small for a test; see `steadiness`."""
     lines = []
-    for arm, metric, own in _groups(rows):
+    for arm, metric, own in _groups(stats.unprofiled(rows)):
         values = own.sort_values(["process", "request", "index"])["relative"].to_numpy()
         line: dict[str, Any] = {"arm": arm, "metric": metric, "n": len(values)}
         drift = steadiness.drift(values) if len(values) >= steadiness.DRIFT_LEAST else None
@@ -44,7 +44,7 @@ def slow(rows: pd.DataFrame, alike: Sequence[str] = CELL) -> pd.DataFrame:
     Values are relative to the median of those that share `alike`.
     """
     lines = []
-    for arm, metric, own in _groups(rows[rows["happened"].notna()], alike):
+    for arm, metric, own in _groups(stats.unprofiled(rows)[rows["happened"].notna()], alike):
         if len(own) < stats.needed(tails.TAIL):
             continue
         beyond = (own["relative"] > stats.quantile(own["relative"], tails.TAIL).value).to_numpy()
@@ -65,7 +65,7 @@ def clocks(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.DataFra
     95 % interval, None where there is no such clock; with floors the limit and the share reached by the server's clock,
     see `limits.cells`. Empty without any of the two."""
     lines = []
-    known = rows[rows["device_ms"].notna() | rows["client_ms"].notna()]
+    known = stats.unprofiled(rows)[rows["device_ms"].notna() | rows["client_ms"].notna()]
     for (arm, metric), own in known.groupby(["arm", "metric"], sort=False):
         if len(own) < stats.needed(0.5):
             continue
@@ -81,7 +81,7 @@ def processes(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an arm and metric: count of processes, and the least and the most of their medians, relative to the
     median of all (least, most). Empty for rows of one process."""
     lines = []
-    for arm, metric, own in _groups(rows[rows["process"].notna()]):
+    for arm, metric, own in _groups(stats.unprofiled(rows)[rows["process"].notna()]):
         medians = own.groupby("process")["relative"].median()
         if len(medians) > 1:
             lines.append({"arm": arm, "metric": metric, "processes": len(medians), "least": float(medians.min()),
@@ -93,7 +93,7 @@ def quantiles(rows: pd.DataFrame, floors: pd.DataFrame | None = None) -> pd.Data
     """One line an arm, metric and prompt length: n, p50, p90, p95, p99 with their intervals (None where n does not
     allow one), and max, in ms; with floors the limit and the share reached, see `limits.cells`."""
     lines = []
-    for (arm, metric, length), own in rows.groupby(list(CELL), sort=False):
+    for (arm, metric, length), own in stats.unprofiled(rows).groupby(list(CELL), sort=False):
         line: dict[str, Any] = {"arm": arm, "metric": metric, "prompt_tokens": length, "n": len(own)}
         for q in QUANTILES:
             line |= _three("ms", own, q, f"p{100 * q:g}")
@@ -107,7 +107,7 @@ def by_generation(rows: pd.DataFrame, lengths: Sequence[int] = GENERATED,
     intervals; with floors the limit and the share reached, see `limits.cells`. A request of n tokens begins as a
     longer one does, so that one long request serves all shorter lengths; a length beyond what was generated has no
     line."""
-    gaps = rows[rows["metric"] == "itl"]
+    gaps = stats.unprofiled(rows)[rows["metric"] == "itl"]
     lines = []
     for length in lengths:
         for arm, own in gaps[gaps["index"] < length].groupby("arm", sort=False):

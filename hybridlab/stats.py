@@ -192,15 +192,23 @@ def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | N
 
 
 def one_run(rows: pd.DataFrame) -> None:
-    """Refuses rows of several runs or none, as machines, versions and load differ between runs, and rows taken while a
-    profiler listened."""
-    if "profiled" in rows and (traced := int(rows["profiled"].fillna(False).sum())):
-        raise StatisticsError(f"{traced} of {len(rows)} rows were taken while a profiler listened", "it adds to each",
-                              "measure without one; a trace explains latencies and is none")
-    runs = sorted(str(name) for name in rows["run_id"].unique())
+    """Refuses rows of several runs or none, as machines, versions and load differ between runs, and rows that
+    `unprofiled` refuses."""
+    runs = sorted(str(name) for name in unprofiled(rows)["run_id"].unique())
     if len(runs) != 1:
         raise StatisticsError(f"the rows come from {len(runs)} runs", ", ".join(runs[:3]),
                               "summarise one run at a time; arms are comparable within one interleaved run")
+
+
+def unprofiled(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, as they are. Raises: StatisticsError where some were taken while a profiler listened."""
+    listened = rows["profiled"].fillna(False).astype(bool) if "profiled" in rows else None
+    if listened is not None and listened.any():
+        runs = ", ".join(map(str, rows.loc[listened, "run_id"].unique()[:3])) if "run_id" in rows else ""
+        raise StatisticsError(f"{int(listened.sum())} of {len(rows)} rows were taken while a profiler listened",
+                              f"{f'run {runs}: ' if runs else ''}it adds to each of them",
+                              "measure without one; a trace explains latencies and is none")
+    return rows
 
 
 def _line(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:

@@ -222,12 +222,12 @@ def headlines(run: records.Recorded) -> pd.DataFrame:
     """What a run is first asked for, one row a value: what (arm, system, setting, variant or part), metric with its
     unit, and value. Of the paper that is what its two tables hold, and all there is of a run without these parts.
 
-    Raises: RunError for a run without such values, as a trace always is: times under a profiler are no latencies.
+    Raises: RunError for a run without such values, as a trace always is; StatisticsError for rows under a profiler, see
+    `stats.unprofiled`: their times are no latencies.
     """
-    found = run.rows
-    if "profiled" in found:
-        found = found[~found["profiled"].fillna(False).astype(bool)]
-    table = pd.DataFrame() if run.kind == "trace" else _headlines(run.kind, found)
+    from hybridlab import stats  # late, as above
+
+    table = pd.DataFrame() if run.kind == "trace" else _headlines(run.kind, stats.unprofiled(run.rows))
     if table.empty:
         raise RunError(f"run {run.run_id} has no headline", f"kind {run.kind}, {len(run.rows)} rows, none of them a "
                        "latency or a cost measured without a profiler", f"see its rows: hl.rows([{run.run_id!r}])")

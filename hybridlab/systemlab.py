@@ -19,6 +19,7 @@ from hybridlab.overhead import overhead
 from hybridlab.progress import Report, reporter
 from hybridlab.report import Grid, interval, number
 from hybridlab.runtime import Runtime
+from hybridlab.telemetry import Telemetry
 
 WATCHED = 40  # rounds, every second one of which an Explorer follows
 
@@ -43,7 +44,8 @@ class SystemResult(experiment.Shown):
         """One line a part, setting and step: unit, n, value (the median) and its 95 % interval, None where n does not
         allow one."""
         lines = []
-        for (part, setting, step, unit), own in self.rows.groupby(["part", "setting", "step", "unit"], sort=False):
+        for (part, setting, step, unit), own in stats.unprofiled(self.rows).groupby(
+                ["part", "setting", "step", "unit"], sort=False):
             line = {"part": part, "setting": setting, "step": step, "unit": unit, "n": len(own),
                     "value": float(own["value"].median()), "value_low": None, "value_high": None}
             if len(own) >= stats.needed(0.5):
@@ -76,6 +78,8 @@ class SystemResult(experiment.Shown):
             elif line["part"] == "coldstart" and line["step"] == "first token":
                 said.append(f"With {line['setting']} caches the first token is there {line['value'] / 1e3:.2f} s after "
                             "the process was started.")
+        if said and self.during():
+            said.append(self.during())
         return "\n".join(said) or f"Run {self.run_id}: {self.reason or self.status}."
 
 
@@ -87,11 +91,13 @@ def run(config: SystemConfig | Mapping[str, Any], *, root: Path | str | None = N
     leaves a run that is marked failed, with the rows so far.
     """
     config = checked(config)
-    with reporter(progress) as report, experiment.recording(config, root) as target:
+    with reporter(progress) as report, experiment.recording(config, root) as target, \
+            Telemetry.of(models.resolve_device(config.device)) as clocks:
         for part in config.parts:
             for rows in PARTS[part](config, report):
                 target.append([{"part": part, **row} for row in rows])
-        target.finish("complete")
+                clocks.sample()
+        target.finish("complete", extra={"during": clocks.summary()})
     return SystemResult.open(target.path)
 
 
@@ -113,7 +119,7 @@ def checked(config: SystemConfig | Mapping[str, Any]) -> SystemConfig:
 def _coldstart(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
     assert isinstance(config.policy, str)
     rows = coldstart.run(model=config.model, arm=config.arm, policy=config.policy, device=config.device,
-                         dtype=config.dtype, repeats=config.repeats, report=report)
+                         dtype=config.dtype, repeats=config.repeats, seed=config.seed, report=report)
     yield [{"round": row["process"], "setting": row["caches"], "step": row["stage"], "value": row["total_ms"],
             "unit": "ms"} for row in rows]
 
@@ -121,13 +127,13 @@ def _coldstart(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
 def _memory(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
     report("weighing", 0, 1)
     with _runtime(config) as runtime:
-        yield list(memory(runtime, config.lengths))
+        yield list(memory(runtime, config.lengths, config.seed))
 
 
 def _overhead(config: SystemConfig, report: Report) -> Iterator[list[Row]]:
     report("timing ranges and rows", 0, 1)
     with _runtime(config) as runtime, experiment.threads(config.threads, on_cpu=runtime.device.type == "cpu"):
-        yield list(overhead(runtime, config.arm))
+        yield list(overhead(runtime, config.arm, config.seed))
 
 
 def _ipc(config: SystemConfig, report: Report) -> Iterator[list[Row]]:

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import psutil
 
 from hybridlab import gpus
-from hybridlab.tails import HAPPENINGS
+from hybridlab.tokens import Happening
 
 EVERY_S = 0.5
 CHANGE = 0.01  # of a clock, between two readings: less is rounding
@@ -43,6 +43,11 @@ class Telemetry:
         self._readings: list[dict[str, float]] = []
         self._stamps: list[int] = []
         self.problem = ""
+
+    @classmethod
+    def of(cls, device: Any) -> Telemetry:
+        """Of a `torch.device`: a GPU, or the CPU."""
+        return cls(device.index or 0 if device.type == "cuda" else None)
 
     def __enter__(self) -> Telemetry:
         self._probes = _of_cpu() if self.index is None else self._of_gpu(self.index)
@@ -74,7 +79,7 @@ class Telemetry:
         counts = {word: sum(bool(mask & bit) for mask in masks) for bit, word in REASONS.items()}
         return found | {"reasons": {word: count for word, count in counts.items() if count}}
 
-    def clock_changes(self, since_ns: int = 0) -> pd.DataFrame:
+    def clock_changes(self, since_ns: int = 0) -> list[Happening]:
         """For `tails`: between which readings the clock of the processor changed, from what to what and why; of
         readings not over before `since_ns`."""
         found = []
@@ -83,9 +88,9 @@ class Telemetry:
             if before and after and abs(after / before - 1) > CHANGE:
                 mask = int(self._readings[place].get("reasons", 0))
                 why = [word for bit, word in REASONS.items() if mask & bit]
-                found.append(("clock change", self._stamps[place - 1], self._stamps[place],
-                              ", ".join([f"{before:,.0f} → {after:,.0f} MHz", *why]), False))
-        return pd.DataFrame(found, columns=HAPPENINGS).astype({"start_ns": "int64", "end_ns": "int64", "exact": bool})
+                found.append(Happening("clock change", self._stamps[place - 1], self._stamps[place],
+                                       ", ".join([f"{before:,.0f} → {after:,.0f} MHz", *why]), False))
+        return found
 
     def _read(self, now: int) -> None:
         reading = {}
@@ -105,7 +110,7 @@ class Telemetry:
         except Exception as error:  # no library, no driver, no permission, no such GPU
             self.problem = f"NVML: {type(error).__name__}: {error}"[:200]
             return {}
-        nvml, own = self._nvml, os.getpid()
+        nvml = self._nvml
         reasons = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or (
             nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         return {
@@ -116,7 +121,7 @@ class Telemetry:
             "utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "memory_used_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**20,
             "other_processes": lambda: sum(
-                process.pid != own for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+                _foreign(process.pid) for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
             "reasons": lambda: reasons(handle)}
 
 
@@ -138,6 +143,16 @@ def words(summaries: Sequence[Mapping[str, Any]]) -> str:
     if others and others[1] > 0:
         said.append(f"{others[1]:.0f} other processes computed on the GPU")
     return f"While it ran, {', '.join(said)}." if said else ""
+
+
+def _foreign(pid: int) -> bool:
+    """Whether a process is neither this one nor one of those that it started, workers among them."""
+    if pid == os.getpid():
+        return False
+    try:
+        return os.getpid() not in {parent.pid for parent in psutil.Process(pid).parents()}
+    except (psutil.Error, ValueError):  # gone, or of a namespace that this one does not see
+        return True
 
 
 def _of_cpu() -> dict[str, Callable[[], float]]:

@@ -1,4 +1,4 @@
-"""What a request gives: its tokens, the path that made each, and its times."""
+"""What a request gives: its tokens, the path that made each, its times, and what a worker saw meanwhile."""
 
 from __future__ import annotations
 
@@ -26,6 +26,25 @@ class Token:
     reason: str = ""
 
 
+class Happening(NamedTuple):
+    """Something of one of `tails.KINDS`; not `exact`: at some time between the stamps, and not all along."""
+
+    kind: str
+    start_ns: int
+    end_ns: int
+    detail: str
+    exact: bool
+
+
+class Seen(NamedTuple):
+    """What a second process saw of a request that it served: when each token was there, by the clock that all processes
+    of a machine share, what happened meanwhile, and whether a profiler listened."""
+
+    ended_ns: list[int]
+    happenings: list[Happening]
+    profiled: bool
+
+
 @dataclass(frozen=True)
 class Output:
     """What `generate` gives. `ids` are the new tokens, an end token included, as transformers' `generate` has it.
@@ -43,3 +62,4 @@ class Output:
     device_ms: list[float]  # TTFT and ITL by the device's own clock; empty on a CPU and with several steps a launch
     client_ms: list[float] = field(default_factory=list)  # through a worker, by the client's clock: from the request
     # leaving until the first id was back, then from one id to the next; empty without a worker
+    seen: Seen | None = None  # by the worker; None without one

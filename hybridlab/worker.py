@@ -139,20 +139,25 @@ class _Host:
         self.channel.send(answer)
 
     def _serve(self, order: Serve) -> Done:
+        from hybridlab import ranges, tails
+
         vocabulary, count = self.engine.model.config.vocab_size, 0
         if max(order.ids) >= vocabulary or len(order.ids) + order.max_new_tokens > self.engine.max_len:
             raise ProtocolError("a request does not fit the model", f"ids up to {max(order.ids)} of {vocabulary}, "
                                 f"{len(order.ids)} and {order.max_new_tokens} tokens of {self.engine.max_len}",
                                 "the client has to refuse it")
-        with closing(self.engine.serve(order)) as steps:
+        ended = list[int]()
+        with tails.Watch() as watch, closing(self.engine.serve(order)) as steps:
             for step, ms in steps:
+                ended.append(watch.sample())
                 way = self._way(step.path, step.reason)
                 if not self._room(order.number):
                     break
                 self.handover.publish(self.engine.counters, self.engine.capturing)
                 self.handover.put(step.id, way, ms)
                 count += 1
-        return Done(tokens=count, device_ms=self.engine.device_ms(count))
+        return Done(tokens=count, device_ms=self.engine.device_ms(count), ended_ns=ended[:count],
+                    happenings=watch.happenings(), profiled=ranges.listening())
 
     def _way(self, path: str, reason: str) -> int:
         if (path, reason) not in self.ways:

@@ -3,13 +3,15 @@ its fourth token. Started instead of `hybridlab.worker` by the fixture `hosted`.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
-from hybridlab import worker
+from hybridlab import ranges, worker
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, NonFinite
 from hybridlab.frames import Done
@@ -51,6 +53,8 @@ EVENTS = {
     13: lambda: HOST[0].channel.send(Done(tokens=77)),
     14: lambda: HOST[0].handover.put(5, 12, 0.5),
     15: lambda: time.sleep(1),
+    16: lambda: gc.collect(),
+    17: lambda: setattr(ranges, "_record", lambda name: nullcontext()),  # a profiler listens from now on
 }
 
 

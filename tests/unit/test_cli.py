@@ -310,13 +310,17 @@ def test_runs_of_kernels_are_verified_shown_and_drawn(checkout: Path, kernel_row
 def test_every_step_of_reproduce_is_accepted_by_its_notebook() -> None:
     """A parameter that a notebook does not take would end the main job after minutes, in its last notebook."""
     folder = Path(__file__).resolve().parents[2] / "notebooks"
-    plan = reproduce.steps("tiny", 5, 10.0)
+    plan = reproduce.steps("tiny", 5, 10.0, restarts=3)
     assert [step.notebook for step in plan] == ["00_start_here", "01_eager", "02_graphs_only", "03_jit_only",
                                                 "04_hybrid", "05_ablation", "06_partition",
                                                 "07_graph_cache", "08_kernels", "09_traces"]
     configs = {step.notebook: notebooks.check(folder / f"{step.notebook}.ipynb", step.parameters) for step in plan}
     ablation = configs["05_ablation"]
     assert (ablation.lengths, ablation.repeats, ablation.budget_s) == (PAPER_LENGTHS, 5, 10.0)
+    assert (ablation.restarts, ablation.warmup) == (3, 20)
+    refused = invoke("reproduce", "--paper", "--restarts", "2")
+    assert refused.exit_code == 2
+    assert "notebook 10 measures in one process" in refused.stderr
 
 
 def test_the_paper_is_reproduced_with_its_lengths_and_enough_gaps() -> None:

@@ -57,7 +57,7 @@ class Runtime:
         return SimpleNamespace(ids=[5] * max_new_tokens, ttft_ms=10 * ms, itl_ms=[ms] * (max_new_tokens - 1),
                                paths=["graph" if self.arm == "hybrid" else "eager"] * max_new_tokens,
                                reasons=[""] * max_new_tokens, bucket=None, device_ms=[],
-                               client_ms=[])
+                               client_ms=[], seen=None)
 
 
 class Model:

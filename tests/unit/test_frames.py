@@ -33,6 +33,7 @@ from hybridlab.frames import (
     Serve,
     Way,
 )
+from hybridlab.tokens import Happening
 from tests.helpers import Bomb
 
 SAMPLING = Sampling(temperature=0.7, top_k=3, top_p=0.5, seed=2**63 - 1)
@@ -40,7 +41,9 @@ ORDERS = [Build(model="tiny", name="tiny", config=RuntimeConfig(buckets=(16, 64)
           Serve(number=1, ids=[0, 2**31 - 1], max_new_tokens=9, sampling=SAMPLING, stop=frozenset({3})),
           Seal(closed=True), Prepare(lengths=[], sampling=SAMPLING)]
 ANSWERS = [Ready(device="cuda:0", dtype="float16", max_len=9, buckets=[4], fused=True), Way(path="jit", reason="ü"),
-           Done(tokens=3, device_ms=[0.0, 1.5]), Described(plan="{}"), Failed(kind="NonFinite", fact="a", fatal=True)]
+           Done(tokens=3, device_ms=[0.0, 1.5], ended_ns=[1, 2**62], profiled=True,
+                happenings=[Happening("preemption", 1, 2, "one", False)]),
+           Described(plan="{}"), Failed(kind="NonFinite", fact="a", fatal=True)]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import tracemalloc
 import pandas as pd
 import pytest
 
-from hybridlab import events, gaps, kineto
+from hybridlab import events, gaps, kineto, perfetto
 from hybridlab.errors import TraceError
 
 BEGIN = 4676943531702.835  # µs, as Kineto writes them
@@ -150,6 +150,15 @@ def test_what_is_no_trace_is_refused_with_what_is_wrong(tmp_path, content, said)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TraceError, match=said):
         kineto.read(path)
+
+
+def test_an_export_of_our_own_is_told_from_what_a_profiler_wrote(tmp_path):
+    """It was read as a trace without a token, and the reader told to trace more of them."""
+    table = events.tidy([{"kind": "range", "name": "decode", "start_ns": 0, "end_ns": 9, "thread": 1,
+                          "category": "decode", "payload": 7}, {"kind": "op", "name": "mm", "start_ns": 1, "end_ns": 2,
+                                                                "thread": 1}])
+    with pytest.raises(TraceError, match=r"trace.json.gz is an export of hybridlab .* open its run"):
+        kineto.read(perfetto.write(table, tmp_path / "trace.json.gz"))
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):

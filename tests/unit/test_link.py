@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from hybridlab import link
+from hybridlab import link, tails
 from hybridlab.client import Client
 from hybridlab.config import RuntimeConfig, Sampling
 from hybridlab.errors import (
@@ -36,6 +37,7 @@ from tests.helpers import Bomb
 
 TESTS = Path(__file__).resolve().parents[1]
 KILL, LOOP, STOP, STICKY, MEMORY, NAN, EXIT, OVERWRITE, RING, GARBAGE, LONG, SHORT, COUNT, WAY, SLOW = range(1, 16)
+COLLECT, LISTEN = 16, 17
 
 
 def asked(first: int, count: int = 10) -> SimpleNamespace:
@@ -95,6 +97,27 @@ def test_tokens_counters_and_answers_arrive(start):
     with pytest.raises(ConfigError, match="no such length"):
         client.prepare([666], Sampling())
     assert ids(client, 100, 1) == [100]
+
+
+def test_a_request_says_what_happened_in_the_worker_and_when(start):
+    """A stall of the worker under `unexplained`, laid to another token, or by a clock that the client does not have;
+    times under a profiler of the worker that pass for latencies."""
+    client, before = start(), time.perf_counter_ns()
+    assert ids(client, COLLECT, 6) == list(range(COLLECT, COLLECT + 6))
+    seen = client.seen
+    assert before < seen.ended_ns[0]
+    assert seen.ended_ns == sorted(seen.ended_ns)
+    assert seen.ended_ns[-1] < time.perf_counter_ns()
+    (one,) = (found for found in seen.happenings if found.kind == "garbage collection")
+    assert seen.ended_ns[2] < one.start_ns < one.end_ns < seen.ended_ns[3]
+    gaps = [(later - sooner) / 1e6 for sooner, later in itertools.pairwise(seen.ended_ns)]
+    told = tails.during(gaps, seen.ended_ns[1:], [one])
+    assert [number for number, (words, _) in enumerate(told, 1) if words] == [3]
+    assert not seen.profiled
+    ids(client, LISTEN, 6)
+    assert client.seen.profiled
+    assert not any(found.kind == "garbage collection" for found in client.seen.happenings)
+    assert len(client.seen.ended_ns) == 6
 
 
 def test_an_abandoned_request_leaves_nothing_to_the_next(start):
@@ -264,7 +287,7 @@ def test_a_worker_outlives_the_thread_that_started_it(start):
 
 PARENT = """
 import os, signal, sys, time
-from hybridlab import link
+from hybridlab import link, tails
 from hybridlab.client import Client
 from hybridlab.config import RuntimeConfig
 from hybridlab.frames import Build

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from hybridlab import measure, schemas, tails
+from hybridlab import measure, schemas, soundness, tails
 from hybridlab.config import RunConfig
 from hybridlab.errors import HybridlabError, PromptError
+from hybridlab.tokens import Happening, Seen
 
 ARMS = ("eager", "graph", "jit", "hybrid")
 CONFIG = RunConfig(arms=ARMS, lengths=(4, 7), repeats=5, itl_repeats=2, new_tokens=3, warmup=2, seed=11)
@@ -37,7 +39,7 @@ class Fake:
         self.log.append((self.arm, len(prompt), max_new_tokens, gc.isenabled(), options))
         return SimpleNamespace(ids=[1] * max_new_tokens, ttft_ms=999.0 + len(self.log),
                                itl_ms=[float(i) for i in range(1, max_new_tokens)], bucket=8,
-                               device_ms=[i / 2 for i in range(max_new_tokens)], client_ms=[],
+                               device_ms=[i / 2 for i in range(max_new_tokens)], client_ms=[], seen=None,
                                paths=[f"path{i}" for i in range(max_new_tokens)], reasons=[""] * max_new_tokens)
 
 
@@ -278,8 +280,109 @@ def test_clocks_are_read_between_requests_and_reach_the_rows():
             asked.append(len(log))
 
         def clock_changes(self, since_ns):
-            return pd.DataFrame([("clock change", 0, 2**62, "1,980 → 1,755 MHz", False)], columns=tails.HAPPENINGS)
+            return [Happening("clock change", 0, 2**62, "1,980 → 1,755 MHz", False)]
 
     (rows, *_) = measure.rounds(runtimes, PROMPTS, CONFIG, telemetry=Clocks())
     assert asked[:16] == list(range(1, 17))
     assert all("clock change" in row["happened"] for row in rows)
+
+
+class Clock:
+    """Stands still but where it is moved."""
+
+    def __init__(self):
+        self.ns = 10**16
+
+    def perf_counter_ns(self):
+        return self.ns
+
+
+class Ticking(Fake):
+    """Every token takes 2 ms and some ns by `clock`; of all tokens that come later than the first, number `slow` takes
+    5 ms more, in which `stall` is called."""
+
+    def __init__(self, clock, slow, stall):
+        super().__init__("hybrid", [])
+        self.clock, self.slow, self.stall, self.gaps = clock, slow, stall, 0
+
+    def generate(self, prompt, max_new_tokens, each, **options):
+        ms = []
+        for index in range(max_new_tokens):
+            before = self.clock.ns
+            self.clock.ns += 2_000_000 + 617 * self.gaps % 1000  # no two gaps are equal
+            if index:
+                if self.gaps == self.slow:
+                    self.stall()
+                self.gaps += 1
+            ms.append((self.clock.ns - before) / 1e6)
+            each()
+        out = super().generate(prompt, max_new_tokens, lambda: None, **options)
+        out.ttft_ms, out.itl_ms = ms[0], ms[1:]
+        return out
+
+
+@pytest.mark.parametrize("cause", ["garbage collection", "unexplained"])
+def test_a_stall_of_5_ms_in_one_of_a_thousand_tokens_is_found_and_named(monkeypatch, cause):
+    """The one slow token of a thousand is what a tail is about: its cause must reach the words that a reader sees, and
+    where none is known, none may be."""
+    clock = Clock()
+    monkeypatch.setattr(tails, "time", clock)
+    monkeypatch.setattr(tails.resource, "getrusage", lambda who: SimpleNamespace(ru_nivcsw=0))
+
+    def stop(phase, info):
+        clock.ns += 5_000_000 * (phase == "start")
+
+    def stall():
+        if cause == "unexplained":
+            stop("start", {})
+            return
+        gc.callbacks.append(stop)
+        try:
+            gc.collect(0)
+        finally:
+            gc.callbacks.remove(stop)
+
+    config = RunConfig(arms=("hybrid",), lengths=(4,), repeats=10, itl_repeats=10, new_tokens=101)
+    runtime = Ticking(clock, 616, stall)
+    rows = pd.DataFrame([row for part in measure.rounds({"hybrid": runtime}, {4: PROMPTS[4]}, config) for row in part])
+    gaps = rows[rows["metric"] == "itl"]
+    assert len(gaps) == runtime.gaps == 1000
+    assert gaps.loc[gaps["ms"] > 5, "index"].tolist() == [17]
+    table = soundness.slow(gaps).set_index("kind")
+    assert table.loc[cause, ["times", "count"]].tolist()[1] == 10
+    assert (table.loc["unexplained", "slow"] == 1) == (cause == "unexplained")
+    found = gaps.loc[gaps["happened"] != "", ["ms", "happened", "happened_ms"]]
+    if cause == "unexplained":
+        assert found.empty
+        assert "of the 10 values beyond the p99 of their arm, unexplained 10 (" in soundness.words(gaps)
+    else:
+        assert found["happened"].tolist() == [cause]
+        assert found["happened_ms"].tolist() == pytest.approx([5.0])
+        assert table.loc[cause, ["times", "slow", "others"]].tolist() == [1, 0.1, 0.0]
+        assert "of the 10 values beyond the p99 of their arm, garbage collection 1 (of the rest 0.0%)" in (
+            soundness.words(gaps))
+
+
+def test_what_a_worker_saw_counts_and_what_its_client_saw_meanwhile_does_not():
+    """Rows of a worker said what interrupted the client, which waits, and never what held up the worker."""
+    runtimes, _ = fakes()
+    whole, stamps = runtimes["jit"].generate, set()
+
+    def serve(prompt, max_new_tokens, each, **options):
+        gc.collect()  # of the client
+        out = whole(prompt, max_new_tokens, each, **options)
+        now = time.perf_counter_ns()
+        ends = [now - 1000 * (max_new_tokens - index) for index in range(max_new_tokens)]
+        stamps.update(ends)
+        out.seen = Seen(ends, [Happening("preemption", ends[-1] - 50, ends[-1] - 40, "", False)], True)
+        out.ttft_ms, out.itl_ms = 1e-4, [1e-4] * (max_new_tokens - 1)
+        return out
+
+    runtimes["jit"].generate = serve
+    rows = [row for part in measure.rounds(runtimes, PROMPTS, CONFIG) for row in part]
+    own = [row for row in rows if row["arm"] == "jit"]
+    assert {row["ended_ns"] for row in own} < stamps
+    last = {"ttft": 0, "itl": CONFIG.new_tokens - 1}
+    assert all((row["happened"] == "preemption") == (row["index"] == last[row["metric"]]) for row in own)
+    assert {row["profiled"] for row in own} == {True}
+    assert {row["profiled"] for row in rows if row["arm"] != "jit"} == {False}

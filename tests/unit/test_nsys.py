@@ -157,6 +157,17 @@ def test_a_domain_is_known_by_process_and_number(tmp_path):
     assert len(nsys.read(export(tmp_path, content))) == 11
 
 
+def test_ranges_of_domains_without_a_name_are_refused(tmp_path):
+    """Every token was dropped in silence, and the reader told to trace more of them."""
+    content = tables()
+    content[NVTX] = [row for row in content[NVTX] if row["eventType"] != nsys.DOMAIN_CREATE]
+    with pytest.raises(TraceError, match="which of its NVTX domains is 'hybridlab' · 6 rows of NVTX_EVENTS"):
+        nsys.read(export(tmp_path, content))
+    content[NVTX] = [nvtx(1000, 1950, domain=0, text="somebody's own")]
+    (tmp_path / "other").mkdir()
+    assert "range" not in set(nsys.read(export(tmp_path / "other", content))["kind"])
+
+
 def test_two_processes_with_ranges_are_refused(tmp_path):
     """Correlations that two processes share would join one's launch with the other's kernel."""
     content = tables()

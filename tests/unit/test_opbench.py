@@ -134,6 +134,7 @@ def test_a_run_has_a_row_for_each_replay_and_its_order_is_seeded() -> None:
     found = kernelbench.run(CONFIG, progress=False)
     rows = found.rows
     assert (found.status, found.reason, found.kind) == ("complete", "", "kernels")
+    assert found.recorded.extra["during"]["readings"] > 0
     counts = cells(rows)
     assert set(counts) == {6}
     assert len(counts) == (6 + 2 * 2) * 2 + (6 + 2 * 2 + 2) + 2 * 3

@@ -97,6 +97,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(result: paperlab.PaperRes
     assert set(clipped["part"]) == {"cached", "recomputed"}
     assert set(clipped["tokens"]) == {100_000}
     assert "Left out of part cached: 100000 tokens, as the context of random:tiny-llama-3 holds" in result.reading()
+    assert result.recorded.extra["during"]["readings"] > 1, "clocks that were not read until the last row"
 
 
 def test_a_run_is_read_back_into_the_same_tables(result: paperlab.PaperResult) -> None:

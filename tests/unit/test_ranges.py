@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,3 +129,28 @@ def test_pytorchs_profiler_sees_them_on_demand() -> None:
     names = [event.name for event in seen.events() if event.name.startswith(ranges.PREFIX)]
     assert {name.removeprefix(ranges.PREFIX) for name in names} == {"prefill #3", "decode #4", "eager", "sampling"}
     assert not ranges.listening()
+
+
+LISTENED = """
+from contextlib import suppress
+from hybridlab import ranges
+assert ranges.listening()
+for position in (17, 18):
+    with suppress(ZeroDivisionError), ranges.span("decode", position), ranges.span("capture", detail="prefill 64"):
+        1 / (position - 18)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which builds the tool that listens")
+def test_a_tool_that_listens_to_nvtx_is_told_each_range(tmp_path: Path) -> None:
+    """A domain, a category or a payload that NVTX itself takes otherwise than the stand-in of these tests does."""
+    listener = tmp_path / "listener.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", listener, Path(__file__).parents[1] / "listener.cpp"], check=True,
+                   timeout=60)
+    told = subprocess.run([sys.executable, "-c", LISTENED], capture_output=True, text=True, check=True, timeout=60,
+                          env={**os.environ, "NVTX_INJECTION64_PATH": str(listener)}).stdout.splitlines()
+    one = [line for position in (17, 18) for line in (
+        f"push hybridlab | decode | decode | {position}", "push hybridlab | capture | capture prefill 64 | none",
+        "pop hybridlab", "pop hybridlab")]
+    assert [line for line in told if not line.startswith("domain")] == one
+    assert "domain hybridlab" in told

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pytest
 
-from hybridlab import schemas, serving, tails
+from hybridlab import schemas, serving
 from hybridlab.counters import Counters
 from hybridlab.errors import MeasureError, RunError
+from hybridlab.tokens import Happening
 from hybridlab.workload import Asked
 
 REQUESTS = [Asked(4, 3), Asked(9, 1), Asked(4, 2)]
@@ -100,8 +100,8 @@ def test_each_interval_says_what_happened_in_it() -> None:
         def sample(self) -> None:
             asked.append(1)
 
-        def clock_changes(self, since_ns: int) -> pd.DataFrame:
-            return pd.DataFrame(columns=tails.HAPPENINGS)
+        def clock_changes(self, since_ns: int) -> list[Happening]:
+            return []
 
     clocks: Any = Clocks()
     rows = [row for one in serving.serve(Evicting(), REQUESTS, PROMPTS, telemetry=clocks) for row in one.rows]

@@ -5,8 +5,6 @@ import pandas as pd
 import pytest
 
 from hybridlab import soundness
-from hybridlab.errors import StatisticsError
-from hybridlab.stats import summary
 
 
 def rows(ms, arm="hybrid", metric="itl", **columns):
@@ -120,9 +118,3 @@ def test_each_table_of_latencies_has_the_limit():
             limited = given is not None and name in ("clocks", "quantiles", "generation")
             assert (made.header[-2:] == ["limit, ms", "of limit"]) == limited
             assert ("1.50" in made.rows[0] and "50% [" in made.rows[0][-1]) == limited
-
-
-def test_rows_under_a_profiler_never_become_a_latency():
-    """A profiler doubles a launch; mixed in, it would double a median."""
-    with pytest.raises(StatisticsError, match="3 of 50 rows were taken while a profiler listened"):
-        summary(rows(quiet(50), profiled=[True] * 3 + [False] * 47))

@@ -1,12 +1,15 @@
 """Clocks and power are read between requests, never in one, and a driver that refuses does no harm."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from hybridlab import telemetry
-from hybridlab.tails import HAPPENINGS
 from hybridlab.telemetry import Telemetry
+from hybridlab.tokens import Happening
 
 
 class Driver:
@@ -42,7 +45,7 @@ class Driver:
         return SimpleNamespace(used=2**30)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [SimpleNamespace(pid=-1)]
+        return [SimpleNamespace(pid=-1), SimpleNamespace(pid=os.getpid())]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
         return self.mask
@@ -92,12 +95,19 @@ def test_a_clock_change_is_a_happening_between_two_readings(clock):
         for clock.ns in (10, 20):
             found.sample()
         clock.ns = 30
-    (change,) = found.clock_changes().to_dict("records")
-    assert list(found.clock_changes().columns) == HAPPENINGS
-    assert (change["start_ns"], change["end_ns"], change["exact"]) == (10, 20, False)
-    assert change["detail"] == "1,979 → 1,755 MHz, power cap"
-    assert len(found.clock_changes(since_ns=20)) == 1
-    assert found.clock_changes(since_ns=21).empty
+    change = Happening("clock change", 10, 20, "1,979 → 1,755 MHz, power cap", False)
+    assert found.clock_changes() == found.clock_changes(since_ns=20) == [change]
+    assert found.clock_changes(since_ns=21) == []
+
+
+def test_a_worker_of_ours_is_no_other_process():
+    """A run through workers would be said to have shared its GPU with somebody."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not telemetry._foreign(child.pid)
+        child.stdin.write(b"\n")
+    assert not telemetry._foreign(os.getpid())
+    assert telemetry._foreign(os.getppid())
+    assert telemetry._foreign(-1)
 
 
 def test_without_a_driver_a_run_goes_on_and_says_so():
@@ -106,7 +116,7 @@ def test_without_a_driver_a_run_goes_on_and_says_so():
     with Telemetry(0, nvml=broken) as found:
         found.sample()
     assert found.summary()["problem"] == "NVML: RuntimeError: no driver"
-    assert found.clock_changes().empty
+    assert found.clock_changes() == []
 
 
 def test_a_gpu_that_the_driver_does_not_show_ends_no_run():

@@ -210,6 +210,10 @@ def test_an_ablation_through_workers_has_a_client_clock(both):
         assert all((row["client_ms"] is not None) == known for row in rows)
         assert not any(row["captures"] or row["compiles"] for row in rows)
     assert all(row["client_ms"] > row["ms"] for row in rows if row["metric"] == "ttft")
+    out = there.generate([5, 6], max_new_tokens=5, stop=[])
+    assert len(out.seen.ended_ns) == 5
+    assert not out.seen.profiled
+    assert [row["ended_ns"] for row in rows] == sorted(row["ended_ns"] for row in rows)
 
 
 def test_the_cost_of_a_second_process_is_measured_in_turns(both):
