@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import scipy
 from typer.testing import CliRunner
 
 from hybridlab import cli, growth, records, soak
@@ -31,13 +32,14 @@ def test_a_worker_is_stopped_and_killed_and_every_canary_stays_right(tmp_path: A
     assert {"stop", "kill"} <= set(",".join(rows["event"]).split(","))
     assert rows["recovery_ms"].notna().sum() == 1
     assert set(rows["path"]) <= {"graph", "eager"}
-    slopes = {quantity.column: found for quantity, found in result.slopes().items()}
-    assert set(slopes) == {"rss_bytes", "files", "threads", "itl_ms"}
+    assert list(rows["life"].unique()) == [1, 2]
+    assert [quantity.column for quantity in result.slopes() if not quantity.words.endswith(growth.LIFE)] == [
+        "rss_bytes", "files", "threads", "itl_ms"]
     assert not any(found.grows(quantity) for quantity, found in result.slopes().items()
                    if quantity.column in ("files", "threads"))
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    assert "killed 1 times" in result.reading()
-    assert len(result.grid().rows) == 4
+    assert len(result.grid().rows) == len(result.slopes())
+    assert "stopped 1 and killed 1 times" in result.grid().note
 
 
 def test_a_wrong_canary_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +66,7 @@ def rows(count: int = 400, **planted: Any) -> pd.DataFrame:
     draw = np.random.default_rng(3)
     steady = {"at_s": np.linspace(0, 600, count), "rss_bytes": 9e8 + draw.normal(0, 1e6, count), "gpu_bytes": None,
               "files": draw.integers(30, 33, count), "threads": 12, "itl_ms": draw.lognormal(0.5, 0.2, count),
-              "event": ""}
+              "event": "", "life": 1}
     return pd.DataFrame(steady | planted)
 
 
@@ -85,6 +87,41 @@ def test_a_planted_leak_is_named(column: str, leak: Any) -> None:
     (problem,) = soak.verdict(rows(**{column: leak}))
     words = next(quantity.words for quantity in growth.WATCHED if quantity.column == column)
     assert problem.startswith(f"{words} grows by")
+
+
+@pytest.mark.parametrize("seconds", [60, 600, 3600])
+@pytest.mark.parametrize(("column", "leak"), [("rss_bytes", 500 * growth.MIB), ("files", 40), ("threads", 10),
+                                              ("itl_ms", 0.8)])
+def test_a_leak_that_each_kill_hides_is_named(column: str, leak: float, seconds: int) -> None:
+    """A saw: what a worker gathers until it is killed and the next one begins anew, which no slope over all shows."""
+    lives = max(1, seconds // 120) + 1
+    at_s = np.linspace(0, seconds, 400 * lives)
+    through = at_s / seconds * lives
+    life, part = np.minimum(through.astype(int), lives - 1) + 1, through % 1
+    calm = rows(400 * lives, at_s=at_s, life=life)
+    assert soak.verdict(calm) == []
+    problems = soak.verdict(calm.assign(**{column: calm[column] + leak * part}))
+    words = next(quantity.words for quantity in growth.WATCHED if quantity.column == column)
+    assert problems[-1].startswith(f"{words}{growth.LIFE} grows by")
+
+
+def test_the_slope_is_that_of_theil_and_sen() -> None:
+    """An estimate of our own that is another one, where SciPy has it for a single life."""
+    at_s, values = np.arange(240.0), np.random.default_rng(1).normal(0, 1, 240) + np.arange(240) / 500
+    found = growth.slope(at_s, values)
+    blocks = [np.median(block) for block in np.array_split(values[24:], growth.BLOCKS)]
+    hours = [np.median(block) / 3600 for block in np.array_split(at_s[24:], growth.BLOCKS)]
+    expected = scipy.stats.theilslopes(blocks, hours, 0.95)
+    assert (found.per_hour, found.low, found.high) == pytest.approx((expected[0], expected[2], expected[3]))
+
+
+def test_a_life_too_short_to_judge_is_left_out() -> None:
+    """A worker that was killed while its caches filled, taken for one that leaks; or a soak of such ones refused."""
+    life = np.where(np.arange(400) < 370, 1, 2)
+    filling = np.where(life == 2, np.linspace(3e8, 9e8, 400), 9e8)
+    assert soak.verdict(rows(life=life, rss_bytes=filling)) == []
+    short = rows(400, life=np.arange(400) // 30)
+    assert set(growth.slopes(short)) <= set(growth.WATCHED)
 
 
 def test_too_few_rows_say_nothing() -> None:
