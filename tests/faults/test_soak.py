@@ -11,7 +11,7 @@ import pytest
 import scipy
 from typer.testing import CliRunner
 
-from hybridlab import cli, growth, records, soak
+from hybridlab import cli, committed, growth, records, soak
 from hybridlab.config import SoakConfig
 from hybridlab.errors import ConfigError, RunError, StatisticsError
 
@@ -168,3 +168,28 @@ def test_the_command_hands_its_options_over_and_says_the_verdict(status: str, co
     done = CliRunner().invoke(cli.app, ["soak", "--minutes", "2", "--process", "here", "--cache-graphs", "3"])
     assert done.exit_code == code, done.output
     assert (asked[0].minutes, asked[0].process, asked[0].cache_graphs) == (2.0, "here", 3)
+
+
+def test_a_soak_can_be_published_and_stands_in_readme(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of endurance that nobody can show, or a table of it that differs from its rows and passes."""
+    run = records.Run.create(SoakConfig(device="cpu"), tmp_path / "own" / "runs")
+    life = np.arange(400) // 200 + 1
+    found = rows(life=life, request=np.arange(400), prompt_tokens=8, canary=np.arange(400) % 10 == 0, ttft_ms=2.0,
+                 path="graph", captures=1, evictions=1, graphs=2)
+    found["rss_bytes"] = found["rss_bytes"].astype(int)
+    lines = found.astype(object).assign(recovery_ms=None).to_dict("records")
+    lines[100] |= {"event": "stop"}
+    lines[200] |= {"event": "kill", "recovery_ms": 1500.0}
+    run.append(lines)
+    run.finish("complete")
+    target = committed.publish(run.path, tmp_path)
+    readme, name = tmp_path / "README.md", target.relative_to(tmp_path / "data" / "runs").as_posix()
+    readme.write_text(f"<!-- table: soak run={name} -->\n<!-- /table -->\n")
+    assert len(committed.check(tmp_path, write=True).written) == 1
+    text = readme.read_text()
+    for said in ("| threads, in a worker's life |", "| steady |", "400 requests in 10.0 minutes, 400 evictions; 40 "
+                 "canaries", "stopped 1 and killed 1 times; another one served after 1.5 s"):
+        assert said in text
+    assert committed.check(tmp_path).wrong == []
+    readme.write_text(text.replace("| steady |", "| grows |", 1))
+    assert "differs from its rows" in committed.check(tmp_path).wrong[0]
