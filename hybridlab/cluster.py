@@ -15,8 +15,8 @@ from typing import Any
 
 from hybridlab import finished, jobs, store
 from hybridlab.errors import RunError, SweepError
+from hybridlab.files import atomic_write
 from hybridlab.manifests import MANIFEST, load, verify
-from hybridlab.records import atomic_write
 from hybridlab.sweeps import Job, Sweep
 
 NAME = re.compile(r"\w[\w.-]*")

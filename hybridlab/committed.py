@@ -26,11 +26,12 @@ from hybridlab import (
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
+from hybridlab.files import atomic_write
 from hybridlab.kernellab import KernelResult
 from hybridlab.manifests import CONFIG, MANIFEST
 from hybridlab.paperlab import LEDGER, PaperResult
 from hybridlab.peerlab import PeersResult
-from hybridlab.records import atomic_write, keep, read
+from hybridlab.records import keep, read
 from hybridlab.soak import SoakResult
 from hybridlab.systemlab import SystemResult
 from hybridlab.tracelab import TraceResult

@@ -19,6 +19,7 @@ import pandas as pd
 
 from hybridlab import events
 from hybridlab.errors import TraceError
+from hybridlab.files import opened
 from hybridlab.ranges import PREFIX
 
 LIMIT_BYTES = 2**29  # of a trace when decompressed
@@ -88,7 +89,7 @@ def short(name: str) -> str:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             content = (GzipFile(fileobj=file) if packed else file).read(LIMIT_BYTES + 1)

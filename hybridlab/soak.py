@@ -78,8 +78,8 @@ class SoakResult(experiment.Shown):
         said = (f"{len(rows):,} requests in {rows['at_s'].max() / 60:.1f} minutes, {int(rows['evictions'].sum()):,} "
                 f"evictions; {int(rows['canary'].sum()):,} canaries gave their recorded tokens.")
         if len(back):
-            said += (f" The worker was stopped {events.get('stop', 0)} and killed {events.get('kill', 0)} times; another "
-                     f"one served after {back.max() / 1e3:.1f} s at most.")
+            said += (f" The worker was stopped {events.get('stop', 0)} and killed {events.get('kill', 0)} times; "
+                     f"another one served after {back.max() / 1e3:.1f} s at most.")
         return said
 
 

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "hybridlab"
 # An import only points to an earlier line. A package (kernels/) counts as one module.
 LEVELS = (
     ("errors", "paths", "counters", "architectures", "fusedops", "layout", "clocks", "ranges", "tokens", "progress",
-     "collector", "pools"),
+     "collector", "pools", "files"),
     ("config", "stats", "gpus", "ops", "checkpoint", "buckets", "static", "looks", "schemas", "manifests", "admission",
      "tuning", "events", "children", "handover"),
     ("engines", "paperconfig", "published", "started"),
@@ -79,7 +79,7 @@ BANNED = {
 BANNED_BUILTINS = {"eval", "exec", "compile", "__import__", "__builtins__"}
 SAFE = {"trust_remote_code": False, "shell": False, "allow_pickle": False, "weights_only": True}  # or not given
 ALLOWED = {
-    ("hybridlab/__init__.py", "importlib.import_module"): "the public names, each from the module that it stands beside",
+    ("hybridlab/__init__.py", "importlib.import_module"): "the public names, each from the module beside it",
     ("hybridlab/gpus.py", "importlib.import_module"): "NVML's bindings, by their name there",
     ("hybridlab/peers.py", "importlib.import_module"): "the adapter that a table of the package names",
     ("hybridlab/started.py", "runpy"): "a module of the package, as `python -m` runs it",
