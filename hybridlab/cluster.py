@@ -20,7 +20,7 @@ from hybridlab.manifests import MANIFEST, load, verify
 from hybridlab.sweeps import Job, Sweep
 
 NAME = re.compile(r"\w[\w.-]*")
-START_S = 60.0  # for a node to say what it is
+START_S = 60.0  # for a node to say what it is, and for a run to come back
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def _each(ray: Any, sweep: Sweep, wanted: dict[Job, dict[str, float]], root: Pat
             for answer in ray.wait(list(pending), timeout=0.5)[0]:
                 job = pending.pop(answer)
                 try:
-                    entry = keep(ray.get(answer), root)
+                    entry = keep(ray.get(answer, timeout=START_S), root)
                 except (ray.exceptions.RayError, RunError, OSError) as error:  # a node that is lost, above all
                     entry = finished.Entry(root, "failed", f"{type(error).__name__}: {_last(error)}", None)
                 yield job, entry

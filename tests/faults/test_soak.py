@@ -187,7 +187,8 @@ def test_a_soak_can_be_published_and_stands_in_readme(tmp_path: Any, monkeypatch
     readme.write_text(f"<!-- table: soak run={name} -->\n<!-- /table -->\n")
     assert len(committed.check(tmp_path, write=True).written) == 1
     text = readme.read_text()
-    for said in ("| threads, in a worker's life |", "| steady |", "400 requests in 10.0 minutes, 400 evictions;", "stopped 1 and killed 1 times; another one served after 1.5 s"):
+    for said in ("| threads, in a worker's life |", "| steady |", "400 requests in 10.0 minutes, 400 evictions;",
+                 "stopped 1 and killed 1 times; another one served after 1.5 s"):
         assert said in text
     assert committed.check(tmp_path).wrong == []
     readme.write_text(text.replace("| steady |", "| grows |", 1))
