@@ -13,7 +13,20 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 
-from hybridlab import environment, limits, measure, models, names, outlines, records, restarts, roofline, stats, wording
+from hybridlab import (
+    environment,
+    limits,
+    measure,
+    models,
+    names,
+    outlines,
+    pools,
+    records,
+    restarts,
+    roofline,
+    stats,
+    wording,
+)
 from hybridlab.cells import cells, require_distinct, require_steps
 from hybridlab.children import asked
 from hybridlab.config import RunConfig, as_dict, build
@@ -144,7 +157,7 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         device = models.resolve_device(config.device)
         with threads(config.threads, on_cpu=device.type == "cpu"), recording(config, root) as target:
             extra = _measure(model, device, prompts, config, target, report, process)
-            target.finish("complete", extra=extra)
+            target.finish("complete", extra=extra | {"lost": pools.lost()})
     return Result.open(target.path)
 
 

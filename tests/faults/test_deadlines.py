@@ -80,11 +80,11 @@ def test_every_wait_has_a_deadline() -> None:
 @pytest.mark.parametrize("source", [
     "child.wait()", "thread.join()", "queue.get()", "child.communicate()", "child.communicate(input=b'')",
     "lock.acquire()", "future.result()", "pipe.recv()", "subprocess.run(['ls'])",
-    "subprocess.run(['ls'], check=True)",
-    "event.wait(None)", "thread.join(None)", "queue.get(timeout=None)", "queue.get(True)", "queue.get(block=True)",
-    "lock.acquire(True)", "lock.acquire(blocking=True, timeout=None)", "child.communicate(b'')", "queue.get(True, None)",
-    "fcntl.flock(file, fcntl.LOCK_EX)", "fcntl.lockf(file, fcntl.LOCK_SH)", "select.select([a], [], [])", "ray.get(x)",
-    "ray.wait([x])", "subprocess.run(['ls'], timeout=None)", "def wait(self, timeout_s: float | None = None): pass",
+    "subprocess.run(['ls'], check=True)", "event.wait(None)", "thread.join(None)", "queue.get(timeout=None)",
+    "queue.get(True)", "queue.get(block=True)", "lock.acquire(True)", "lock.acquire(blocking=True, timeout=None)",
+    "child.communicate(b'')", "queue.get(True, None)", "fcntl.flock(file, fcntl.LOCK_EX)",
+    "fcntl.lockf(file, fcntl.LOCK_SH)", "select.select([a], [], [])", "ray.get(x)", "ray.wait([x])",
+    "subprocess.run(['ls'], timeout=None)", "def wait(self, timeout_s: float | None = None): pass",
     "def f(*, timeout=None): pass",
 ])
 def test_an_endless_wait_is_seen(source: str) -> None:
