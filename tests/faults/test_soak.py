@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from hybridlab import cli, committed, growth, records, soak
 from hybridlab.config import SoakConfig
 from hybridlab.errors import ConfigError, RunError, StatisticsError
 
-SHORT = {"minutes": 0.3, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
+SHORT = {"minutes": 1.0, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,28 @@ def test_a_wrong_canary_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     found = records.read(config.parent)
     assert (found.kind, found.status) == ("soak", "failed")
     assert "canary" in found.reason
+
+
+def test_a_process_that_stays_fails_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete soak after which a process goes on running."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Leaving(nullcontext[Any]):
+        def __init__(self, *_: Any) -> None:
+            super().__init__(self)
+
+        def rows(self, report: Any) -> Any:
+            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+            yield []
+
+    monkeypatch.setattr(soak, "_Soak", Leaving)
+    monkeypatch.setattr(soak, "verdict", lambda rows: [])
+    try:
+        result = soak.run(SHORT, root=tmp_path, progress=False)
+    finally:
+        started[0].kill()
+        started[0].wait(60)
+    assert (result.status, result.reason) == ("failed", "1 processes were left behind")
 
 
 def rows(count: int = 400, **planted: Any) -> pd.DataFrame:

@@ -94,8 +94,10 @@ CASES: dict[int, tuple[str, str]] = {
     19: ("the notebook's kernel or the parent is killed", """
         faults/test_processes: test_case_19_a_worker_is_gone_ten_seconds_after_its_parent
             test_case_19_gpu_memory_is_back_after_the_parent"""),
-    20: ("the worker hangs", """
-        faults/test_processes: test_case_20_a_worker_that_hangs_is_ended_and_what_wakes_it_later_does_no_harm"""),
+    # Nothing tells a device that hangs from a first step that captures and compiles: that has step_timeout_s, 120 s.
+    20: ("the worker is stopped: an error within two seconds; it hangs: within step_timeout_s", """
+        faults/test_processes: test_case_20_a_worker_that_is_stopped_is_ended_and_what_wakes_it_later_does_no_harm
+        unit/test_link: test_a_worker_that_hangs_is_ended_by_its_deadline"""),
     21: ("frames that are none", """
         faults/test_processes: test_case_21_a_pickle_for_a_frame_is_refused_and_ends_the_worker
         unit/test_frames: test_what_is_no_frame_is_refused test_random_bytes_end_in_a_refusal_or_a_frame"""),
