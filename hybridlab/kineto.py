@@ -26,6 +26,7 @@ LIMIT_BYTES = 2**29  # of a trace when decompressed
 DEVICE = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy"}
 CALLS = ("cuda_runtime", "cuda_driver")
 HOST = (*CALLS, "user_annotation", "cpu_op")
+AGAIN = "give a file as export_chrome_trace wrote it, or trace again"
 LATEST_US = Decimal(events.LIMIT // 2000)
 
 _PAYLOAD = re.compile(r"(?s)(.*?)(?: #(\d{1,18}))?")
@@ -118,7 +119,7 @@ def _rows(found: list[_Event], name: str, devices: set[int | None]) -> Iterator[
                          "node": args.node}
             continue
         if not isinstance(event.tid, int):
-            raise TraceError("an event of the host has no number of its thread", where)
+            raise TraceError("an event of the host has no number of its thread", where, AGAIN)
         row["thread"] = event.tid
         if event.cat == "cpu_op":
             yield row | {"kind": "op"}
@@ -141,7 +142,7 @@ def _stamps(event: _Event, where: str) -> dict[str, int]:
     for key, value in (("ts", event.ts), ("dur", event.dur)):
         if value is None or not value.is_finite() or abs(value) > LATEST_US:
             raise TraceError(f"{key} of an event is {'missing' if value is None else str(value)[:40]}", where,
-                             "a number of µs is wanted")
+                             f"a number of µs is wanted; {AGAIN}")
     assert event.ts is not None
     assert event.dur is not None
     return {"start_ns": round(event.ts * 1000), "end_ns": round((event.ts + event.dur) * 1000)}
@@ -151,4 +152,4 @@ def _args(event: _Event, where: str) -> _Args:
     try:
         return _ARGS.decode(event.args)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError("args of an event are not as Kineto writes them", f"{where}: {error}") from None
+        raise TraceError("args of an event are not as Kineto writes them", f"{where}: {error}", AGAIN) from None

@@ -207,7 +207,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         table = pa.Table.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
         table.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise RunError("a row does not fit the schema", str(error)) from None
+        raise RunError("a row does not fit the schema", str(error), f"columns are {schema.to_string()}") from None
     for field in schema:
         if not field.nullable and table.column(field.name).null_count:
             free = ", ".join(other.name for other in schema if other.nullable)
