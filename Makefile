@@ -38,14 +38,15 @@ lint: $(READY) ## ruff and mypy
 
 audit: $(READY) ## compare the pinned dependencies with published advisories (needs the network)
 	@echo "==> pip check" && $(BIN)/python -m pip --disable-pip-version-check check
-	@$(PIP) pip-audit
-	@echo "==> pip-audit" && $(BIN)/pip-audit --strict --local --skip-editable
+	@$(PIP) pip-audit==2.10.1
+	@echo "==> pip-audit" && $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^+]*$$//' >.venv/installed.txt \
+		&& $(BIN)/pip-audit --strict --no-deps --disable-pip -r .venv/installed.txt
 
 FUZZ_S ?= 60
 fuzz: compiler $(READY) ## attack the readers of files with random ones, FUZZ_S=60 seconds each
-	@$(PIP) atheris
+	@$(PIP) atheris==3.1.0
 	@echo "==> hypothesis" && FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
-	@for name in weights index config kineto nsys; do \
+	@for name in weights index config kineto nsys workload; do \
 		echo "==> $$name" && $(BIN)/python -m tests.fuzz.harness $$name -max_total_time=$(FUZZ_S) -rss_limit_mb=8192 || exit 1; done
 
 setup: $(READY) ## only make .venv

@@ -71,7 +71,6 @@ class GraphCache:
         self.closed = False
         self.on_adopt: Callable[[Hashable, float], None] = lambda key, ms: None
         self.on_evict: Callable[[Hashable], None] = lambda key: None
-        self.poisoned = ""  # why this process should end, once captures that failed keep memory for good
         self._owner = threading.current_thread()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._leases: Counter[Hashable] = Counter()
@@ -172,10 +171,8 @@ class GraphCache:
         """Drop every graph, and the pool."""
         for key in list(self._held):
             self._drop(key)
-        if lost := pools.lost_bytes():
-            self.poisoned = (f"captures that failed keep {lost:,} bytes of the GPU until this process ends: PyTorch "
-                             f"{torch.__version__} loses the memory of an aborted capture")
-            log.warning("%s · start a new process", self.poisoned)
+        if lost := pools.lost():
+            log.warning("%s · start a new process", lost)
 
     def _require_owner(self, key: Hashable) -> None:
         caller = threading.current_thread()

@@ -12,6 +12,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from hybridlab.errors import ModelError
+from hybridlab.files import content
 
 CONFIG_LIMIT_BYTES = 1 << 20
 OTHER_LIMIT_BYTES = 32 << 20  # an index of many shards, or a tokenizer's settings
@@ -96,9 +97,9 @@ def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
     if size > limit_bytes:
         raise ModelError(f"{path.name} has {size:,} bytes", f"in {path.parent}", f"the limit is {limit_bytes:,} bytes")
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant,
-                           parse_float=_finite)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        found = json.loads(content(path, limit_bytes).decode("utf-8"), object_pairs_hook=_unique,
+                           parse_constant=_no_constant, parse_float=_finite)
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ModelError(f"{path.name} is no valid JSON in UTF-8", f"{path}: {error}", "fetch the file again") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} holds no JSON object", f"{path}: {type(found).__name__}", "fetch the file again")

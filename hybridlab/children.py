@@ -99,6 +99,14 @@ class Child:
                 self._process.wait(wait_s)
         return self._process.poll() is None
 
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it, as Ctrl-Z does; one that a debugger holds is not."""
+        import psutil  # here: as in `_end`
+
+        with suppress(psutil.Error):
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        return False
+
     def interrupt(self, patience_s: float) -> None:
         """As Ctrl-C would, and wait for what it does then."""
         self._process.send_signal(signal.SIGINT)

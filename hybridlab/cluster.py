@@ -16,12 +16,12 @@ from typing import Any
 
 from hybridlab import finished, jobs, store
 from hybridlab.errors import RunError, SweepError
+from hybridlab.files import atomic_write
 from hybridlab.manifests import MANIFEST, load, verify
-from hybridlab.records import atomic_write
 from hybridlab.sweeps import Job, Sweep
 
 NAME = re.compile(r"\w[\w.-]*")
-START_S = 60.0  # for a node to say what it is
+START_S = 60.0  # for a node to say what it is, and for a run to come back
 REACH_S = 10.0  # for a connection to its port
 TRIES = "RAY_gcs_server_port_wait_time_s"  # how often Ray tries to join, 40 s each, with warnings on standard error
 
@@ -103,7 +103,7 @@ def _each(ray: Any, sweep: Sweep, wanted: dict[Job, dict[str, float]], root: Pat
             for answer in ray.wait(list(pending), timeout=0.5)[0]:
                 job = pending.pop(answer)
                 try:
-                    entry = keep(ray.get(answer), root)
+                    entry = keep(ray.get(answer, timeout=START_S), root)
                 except (ray.exceptions.RayError, RunError, OSError) as error:  # a node that is lost, above all
                     entry = finished.Entry(root, "failed", f"{type(error).__name__}: {_last(error)}", None)
                 yield job, entry

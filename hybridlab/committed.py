@@ -26,11 +26,13 @@ from hybridlab import (
 from hybridlab.cachelab import CacheResult
 from hybridlab.errors import HybridlabError, RunError, nearest
 from hybridlab.experiment import Result
+from hybridlab.files import atomic_write
 from hybridlab.kernellab import KernelResult
 from hybridlab.manifests import CONFIG, MANIFEST
 from hybridlab.paperlab import LEDGER, PaperResult
 from hybridlab.peerlab import PeersResult
-from hybridlab.records import atomic_write, keep, read
+from hybridlab.records import keep, read
+from hybridlab.soak import SoakResult
 from hybridlab.systemlab import SystemResult
 from hybridlab.tracelab import TraceResult
 
@@ -184,14 +186,15 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:
     tables = (*report.GRIDS, *soundness.GRIDS, CacheResult.kind, *kernelbench.TITLES, TraceResult.kind,
-              SystemResult.kind, PeersResult.kind, *papertables.GRIDS, LEDGER)
+              SystemResult.kind, SoakResult.kind, PeersResult.kind, *papertables.GRIDS, LEDGER)
     if kind not in tables:
         raise RunError(f"there is no table {kind!r}", "", nearest(kind, tables))
     known = {path.relative_to(runs).as_posix(): path for path in committed_runs(runs)}
     if run not in known:
         raise RunError(f"run {run} is not committed under {runs.name}/", "", nearest(run, known) if known else "")
-    if kind == CacheResult.kind:
-        return CacheResult.open(known[run]).grid().markdown()
+    for shown in (CacheResult, SystemResult, SoakResult, PeersResult):
+        if kind == shown.kind:
+            return shown.open(known[run]).grid().markdown()
     if kind in kernelbench.TITLES:
         return kernelbench.grid(KernelResult.open(known[run]), kind).markdown()
     if kind == TraceResult.kind:
@@ -199,10 +202,6 @@ def _recompute(kind: str, run: str, runs: Path) -> str:
         return tracetables.grid(traced.tokens(), traced.caption).markdown()
     if kind in (*papertables.GRIDS, LEDGER):
         return PaperResult.open(known[run]).grid(kind).markdown()
-    if kind == SystemResult.kind:
-        return SystemResult.open(known[run]).grid().markdown()
-    if kind == PeersResult.kind:
-        return PeersResult.open(known[run]).grid().markdown()
     if kind in soundness.GRIDS:
         result = (PeersResult if records.kind(known[run]) == PeersResult.kind else Result).open(known[run])
         return soundness.GRIDS[kind](result.rows, result.caption, result.floors).markdown()

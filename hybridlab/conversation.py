@@ -18,6 +18,7 @@ from hybridlab import children
 from hybridlab.errors import MeasureError
 
 GRACE_S = 30.0  # for a process whose asker has gone, or that is told to end
+DIED = "see its last words: often it ran out of memory, or a library does not fit"
 
 
 class Conversation:
@@ -33,13 +34,14 @@ class Conversation:
         """The answer. Raises: MeasureError with the last words of a process that died or took longer, which is then
         ended."""
         if self._child.words:
-            raise MeasureError("it died", self._child.words)
+            raise MeasureError("it died", self._child.words, DIED)
         try:
             return self._answer(json.dumps(question), within_s)
         except EOFError:
-            raise MeasureError("it died", self._child.end(GRACE_S)) from None
+            raise MeasureError("it died", self._child.end(GRACE_S), DIED) from None
         except TimeoutError:
-            raise MeasureError(f"it gave no answer within {within_s:g} s", self._child.end()) from None
+            raise MeasureError(f"it gave no answer within {within_s:g} s", self._child.end(), "see its last words, and "
+                               "whether other work kept the machine busy") from None
 
     def only(self, question: str, within_s: float, what: str, remedy: str) -> Any:
         """The answer to the one question, a line of JSON, of a process that ends with it by itself.

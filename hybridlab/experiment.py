@@ -20,6 +20,7 @@ from hybridlab import (
     models,
     names,
     outlines,
+    pools,
     records,
     restarts,
     roofline,
@@ -160,7 +161,7 @@ def run(config: RunConfig | Mapping[str, Any], *, root: Path | str | None = None
         device = models.resolve_device(config.device)
         with threads(config.threads, on_cpu=device.type == "cpu"), recording(config, root) as target:
             extra = _measure(model, device, prompts, config, target, report, process)
-            target.finish("complete", extra=extra)
+            target.finish("complete", extra=extra | {"lost": pools.lost()})
     return Result.open(target.path)
 
 

@@ -12,8 +12,8 @@ import nbformat
 import plotly.io as pio
 
 from hybridlab.errors import NotebookError
+from hybridlab.files import atomic_write
 from hybridlab.parameters import opened
-from hybridlab.records import atomic_write
 
 FIGURE = "application/vnd.plotly.v1+json"
 

@@ -33,7 +33,8 @@ def state(path: Path) -> Entry:
         manifest = load(path / MANIFEST)
         verify(path, manifest)
         if JOB not in manifest["files"]:
-            raise RunError(f"{path / MANIFEST} does not list {JOB}")
+            raise RunError(f"{path / MANIFEST} does not list {JOB}", "so it belongs to no sweep",
+                           "run the sweep again: it measures this job anew")
     except RunError as error:
         return Entry(path, "damaged", str(error), None)
     return Entry(path, str(manifest["status"]), str(manifest["reason"]), store.seconds(manifest))

@@ -190,6 +190,7 @@ class Channel:
             if not piece and first and not found:
                 raise EOFError("the other end is closed")
             if not piece:
-                raise ProtocolError("a frame ends in its middle", f"{len(found)} of {size} bytes came", "")
+                raise ProtocolError("a frame ends in its middle", f"{len(found)} of {size} bytes came",
+                                    "nothing of it was carried out; make a new Runtime")
             found += piece
         return bytes(found)

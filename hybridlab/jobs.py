@@ -23,8 +23,8 @@ from typing import Any
 
 from hybridlab import children, finished, notebooks, store
 from hybridlab.errors import HybridlabError, SweepError
+from hybridlab.files import atomic_write
 from hybridlab.parameters import read_notebook
-from hybridlab.records import atomic_write
 from hybridlab.sweeps import Job, Sweep, identity
 
 LOCK = ".sweep.lock"

@@ -19,6 +19,7 @@ import pandas as pd
 
 from hybridlab import events
 from hybridlab.errors import TraceError
+from hybridlab.files import opened
 from hybridlab.ranges import PREFIX
 
 LIMIT_BYTES = 2**29  # of a trace when decompressed
@@ -26,6 +27,7 @@ DEVICE = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy"}
 CALLS = ("cuda_runtime", "cuda_driver")
 OURS = {"range", "launch"}  # categories of what `perfetto` writes, and of nothing that Kineto does
 HOST = (*CALLS, "user_annotation", "cpu_op")
+AGAIN = "give a file as export_chrome_trace wrote it, or trace again"
 LATEST_US = Decimal(events.LIMIT // 2000)
 
 _PAYLOAD = re.compile(r"(?s)(.*?)(?: #(\d{1,18}))?")
@@ -94,7 +96,7 @@ def short(name: str) -> str:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             content = (GzipFile(fileobj=file) if packed else file).read(LIMIT_BYTES + 1)
@@ -123,7 +125,7 @@ def _rows(found: list[_Event], name: str, devices: set[int | None]) -> Iterator[
                          "node": args.node}
             continue
         if not isinstance(event.tid, int):
-            raise TraceError("an event of the host has no number of its thread", where)
+            raise TraceError("an event of the host has no number of its thread", where, AGAIN)
         row["thread"] = event.tid
         if event.cat == "cpu_op":
             yield row | {"kind": "op"}
@@ -146,7 +148,7 @@ def _stamps(event: _Event, where: str) -> dict[str, int]:
     for key, value in (("ts", event.ts), ("dur", event.dur)):
         if value is None or not value.is_finite() or abs(value) > LATEST_US:
             raise TraceError(f"{key} of an event is {'missing' if value is None else str(value)[:40]}", where,
-                             "a number of µs is wanted")
+                             f"a number of µs is wanted; {AGAIN}")
     assert event.ts is not None
     assert event.dur is not None
     return {"start_ns": round(event.ts * 1000), "end_ns": round((event.ts + event.dur) * 1000)}
@@ -156,4 +158,4 @@ def _args(event: _Event, where: str) -> _Args:
     try:
         return _ARGS.decode(event.args)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError("args of an event are not as Kineto writes them", f"{where}: {error}") from None
+        raise TraceError("args of an event are not as Kineto writes them", f"{where}: {error}", AGAIN) from None

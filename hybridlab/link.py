@@ -23,6 +23,7 @@ from hybridlab.frames import Answer, Channel, Done, Failed, Frame, Leave, Serve,
 from hybridlab.handover import Given, Handover, pair
 
 LOOK_S = 0.25    # between two looks at the process: a child of its may hold its socket open
+STOPPED_S = 2.0  # that a worker may rest which somebody stopped; a long step looks otherwise, and has its own limit
 LEAVE_S = 5.0    # for a worker to leave by itself
 REMEDY = "make a new Runtime"
 MODULE = "hybridlab.worker"
@@ -45,7 +46,7 @@ class Link:
         self._ways: list[Way] = []
         self._answer: Frame | None = None
         self._owed = False  # an answer
-        self._requests = self._before = 0
+        self._requests = self._before = self._looks = 0
         self._last = Counters(), False
         self._start(folder)
 
@@ -161,8 +162,17 @@ class Link:
             return
         if self._channel.fileno() in found:
             self._hear(timeout_s, late)
-        elif not found and not self._child.running():
+        elif not found:
+            self._look()
+
+    def _look(self) -> None:
+        """At a worker of which nothing was heard for `LOOK_S`. One that is stopped says nothing however long it is
+        waited for; looks are counted, as this process may have been stopped with it."""
+        if not self._child.running():
             self._died()
+        self._looks = self._looks + 1 if self._child.stopped() else 0
+        if self._looks * LOOK_S >= STOPPED_S:
+            self._late("somebody stopped it (SIGSTOP) and nobody lets it go on", STOPPED_S)
 
     def _hear(self, timeout_s: float, late: str) -> None:
         try:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybridlab.errors import RunError
+from hybridlab.files import TEMPORARY, content
 
 MANIFEST, ROWS, CONFIG, ENVIRONMENT = "manifest.json", "rows.parquet", "config.json", "environment.json"
 UNFINISHED = f"{MANIFEST} was never written: the run is going on or was killed"
-TEMPORARY = ".writing-"  # how the name of a file begins that is not whole yet
+LIMIT_BYTES = 2**26  # of a file of JSON
 
 
 def hashes(path: Path) -> dict[str, str]:
@@ -53,10 +54,13 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run. Raises: RunError."""
+    """The object in a JSON file of a run. Raises: RunError, for a link that leaves the run too."""
+    if not _inside(path.parent, path):
+        raise RunError(f"{path} leads out of the run", "only files inside its directory are read",
+                       "do not trust this run")
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        loaded = json.loads(content(path, LIMIT_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read", str(error), "restore this file of the run") from None
     if not isinstance(loaded, dict):
         raise RunError(f"{path} holds {type(loaded).__name__}", "an object was expected", "restore this file")

@@ -19,9 +19,10 @@ import nbformat
 from hybridlab import paths
 from hybridlab.config import as_dict
 from hybridlab.errors import NotebookError, NotebookFailed
+from hybridlab.files import atomic_write
 from hybridlab.manifests import MANIFEST
 from hybridlab.parameters import Experiment, code_cells, defaults, read_notebook, settings
-from hybridlab.records import RUN_VARIABLE, Run, atomic_write
+from hybridlab.records import RUN_VARIABLE, Run
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager

@@ -16,6 +16,7 @@ from hybridlab.buckets import ladder
 from hybridlab.cells import require_distinct, require_steps
 from hybridlab.config import VARIANTS, BenchConfig, CacheConfig, RunConfig, RuntimeConfig, TraceConfig, build
 from hybridlab.errors import ConfigError, NotebookError, choose, nearest
+from hybridlab.files import content
 from hybridlab.names import context, require_fit
 from hybridlab.paperconfig import PaperConfig
 from hybridlab.workload import require_known
@@ -25,13 +26,14 @@ Experiment = RunConfig | CacheConfig | BenchConfig | TraceConfig | PaperConfig
 KINDS: tuple[type[Experiment], ...] = (RunConfig, CacheConfig, BenchConfig, TraceConfig, PaperConfig)
 OWNED = ("arm", "policy", "device", "dtype", "process", "max_len")  # fields that a cache experiment sets itself
 
+LIMIT_BYTES = 2**28  # of a notebook, outputs included
 IDLE = {"never": ("behind", "admission", "cache_bytes", "cache_graphs"), "sync": ("behind",)}  # by `capture`: no effect
 
 
 def opened(path: Path) -> nbformat.NotebookNode:
     """The notebook as it is on disk. Raises `NotebookError` for what is none."""
     try:
-        return nbformat.read(path, as_version=4)
+        return nbformat.reads(content(path, LIMIT_BYTES).decode("utf-8"), as_version=4)
     except FileNotFoundError:
         known = [other.name for other in path.parent.glob("*.ipynb")]
         raise NotebookError(f"there is no notebook {str(path)!r}", "",

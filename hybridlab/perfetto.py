@@ -17,7 +17,7 @@ import pandas as pd
 
 from hybridlab import events as tables
 from hybridlab.errors import TraceError
-from hybridlab.records import atomic_write
+from hybridlab.files import atomic_write
 
 HOST, DEVICE = "thread", "stream"
 ARGS = ("category", "payload", "correlation", "graph", "node")

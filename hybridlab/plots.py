@@ -21,7 +21,7 @@ from hybridlab import limits, looks, static, stats
 from hybridlab.config import ARMS, POLICIES
 from hybridlab.engines import ENGINES
 from hybridlab.errors import ConfigError, StatisticsError, choose
-from hybridlab.records import atomic_write
+from hybridlab.files import atomic_write
 
 FORMATS = ("html", "svg", "png", "pdf")
 WIDTH, HEIGHT = 1000, 500   # px

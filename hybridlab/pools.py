@@ -46,6 +46,14 @@ def lost_bytes() -> int:
     return sum(lost.values())
 
 
+def lost() -> str:
+    """Why this process should end, where captures that failed keep memory for good; else nothing."""
+    if not (found := lost_bytes()):
+        return ""
+    return (f"captures that failed keep {found:,} bytes of the GPU until this process ends: PyTorch "
+            f"{torch.__version__} loses the memory of an aborted capture")
+
+
 def clean_up(pool: Pool) -> None:
     """What `capture_end` leaves undone when it fails: PyTorch's allocator would stay in the pool and keep its memory,
     and its random generator would refuse to draw until some other capture has ended well."""

@@ -24,7 +24,8 @@ from hybridlab import environment, paths, ranges, schemas
 from hybridlab.config import BenchConfig, CacheConfig, RunConfig, SoakConfig, SystemConfig, TraceConfig, as_dict, build
 from hybridlab.engines import PeersConfig
 from hybridlab.errors import RunError
-from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, TEMPORARY, UNFINISHED, hashes, load, verify
+from hybridlab.files import atomic_write, opened
+from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, ROWS, UNFINISHED, hashes, load, verify
 from hybridlab.paperconfig import PaperConfig
 
 Status = Literal["complete", "failed"]
@@ -176,31 +177,6 @@ def keep(path: Path, target: Path) -> None:
     atomic_write(target / MANIFEST, _json(load(path / MANIFEST) | {"files": hashes(target)}))
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replaces `path` by `content` in one step: after a crash or a full disk it holds the old bytes or the new ones."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a directory
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _joinable(path: Path) -> Path:
     if not path.is_dir() or (path / MANIFEST).exists():
         raise RunError(f"{RUN_VARIABLE} names {path}", "it is no open run directory",
@@ -231,7 +207,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
         table = pa.Table.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
         table.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise RunError("a row does not fit the schema", str(error)) from None
+        raise RunError("a row does not fit the schema", str(error), f"columns are {schema.to_string()}") from None
     for field in schema:
         if not field.nullable and table.column(field.name).null_count:
             free = ", ".join(other.name for other in schema if other.nullable)
@@ -251,7 +227,8 @@ def _rows(path: Path) -> pa.Table:
     schema, tables = KINDS[kind(path)][1], []
     for file in files:
         try:
-            tables.append(_cast(pq.ParquetFile(file).read(), schema))
+            with opened(file) as part:
+                tables.append(_cast(pq.ParquetFile(part).read(), schema))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read", str(error), "restore this file of the run") from None
     return pa.concat_tables(tables) if tables else schema.empty_table()

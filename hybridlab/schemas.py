@@ -79,11 +79,11 @@ PAPER = _schema(
 # One row a request. at_s: seconds since the soak began; itl_ms: the median gap; canary: its tokens were compared with
 # recorded ones; path: of the first token. Memory, files and threads are of this process and its worker, after the
 # request; gpu_bytes: in use on the whole device, null without one. event: what was done to the worker meanwhile
-# ("stop", "kill"); recovery_ms: from its death until another served.
+# ("stop", "kill"); recovery_ms: from its death until another served; life: which worker this is, counted from 1.
 SOAK = _schema(
     "run_id:str request:int at_s:float prompt_tokens:int canary:bool ttft_ms:float itl_ms:float path:str captures:int "
-    "evictions:int graphs:int rss_bytes:int gpu_bytes:int files:int threads:int event:str recovery_ms:float "
-    "profiled:bool", optional=("gpu_bytes", "recovery_ms", "profiled"))
+    "evictions:int graphs:int rss_bytes:int gpu_bytes:int files:int threads:int event:str recovery_ms:float life:int "
+    "profiled:bool", optional=("gpu_bytes", "recovery_ms", "life", "profiled"))
 
 # One row a value. part: coldstart, memory, overhead or ipc; setting: of the caches, say; step: what the value is of.
 SYSTEM = _schema("run_id:str part:str setting:str round:int step:str value:float unit:str profiled:bool",

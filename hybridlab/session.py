@@ -19,6 +19,7 @@ from hybridlab.config import RunConfig, as_dict, build
 from hybridlab.errors import ConfigError
 
 COMMAND = children.module("hybridlab.liveprocess")
+LONGEST_S = 3600.0  # of a run that somebody waits for
 GONE_S = 10.0  # until a killed process must have been reaped
 
 
@@ -181,7 +182,7 @@ class Session:
                 self._child.kill()
             self.over.wait(GONE_S)
 
-    def wait(self, timeout_s: float | None = None) -> bool:
+    def wait(self, timeout_s: float = LONGEST_S) -> bool:
         """Whether the run is over, `timeout_s` from now at the latest."""
         return self.over.wait(timeout_s)
 

@@ -60,24 +60,27 @@ class SoakResult(experiment.Shown):
                   f"{found.per_hour:.3g} [{found.low:.3g}, {found.high:.3g}]", f"{found.growth:+.3g}",
                   "grows" if found.grows(quantity) else "steady"] for quantity, found in self.slopes().items()]
         return Grid(f"Soak · {self.caption}", ["what", "at first", "at last", "an hour", "in all", "verdict"], lines,
-                    "Slopes with 95 % intervals after the first tenth; it grows if the interval is above 0 and what it "
-                    "adds up to is above a limit")
+                    f"{self._counted()} Slopes with 95 % intervals after the first tenth; it grows if the interval is "
+                    "above 0 and what it adds up to is above a limit.")
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
+        if not len(self.rows):
+            return f"Run {self.run_id}: {self.reason or self.status}."
+        verdict = "Nothing grows." if self.status == "complete" else f"It failed: {self.reason}."
+        return f"{self._counted()}\n{verdict}"
+
+    def _counted(self) -> str:
         rows = self.rows
         if not len(rows):
-            return f"Run {self.run_id}: {self.reason or self.status}."
-        events = rows["event"].value_counts()
-        back = rows["recovery_ms"].dropna()
-        served = (f"{len(rows):,} requests in {rows['at_s'].max() / 60:.1f} minutes, with "
-                  f"{int(rows['evictions'].sum()):,} evictions")
-        said = [f"{served}; {int(rows['canary'].sum()):,} canaries gave their recorded tokens."]
+            return "Nothing was served."
+        events, back = rows["event"].str.split(",").explode().value_counts(), rows["recovery_ms"].dropna()
+        said = (f"{len(rows):,} requests in {rows['at_s'].max() / 60:.1f} minutes, {int(rows['evictions'].sum()):,} "
+                f"evictions; {int(rows['canary'].sum()):,} canaries gave their recorded tokens.")
         if len(back):
-            said.append(f"The worker was stopped {events.get('stop', 0)} and killed {events.get('kill', 0)} times; "
-                        f"another one served after {back.max() / 1e3:.1f} s at most.")
-        said.append("Nothing grows." if self.status == "complete" else f"It failed: {self.reason}.")
-        return "\n".join(said)
+            said += (f" The worker was stopped {events.get('stop', 0)} and killed {events.get('kill', 0)} times; "
+                     f"another one served after {back.max() / 1e3:.1f} s at most.")
+        return said
 
 
 def run(config: SoakConfig | Mapping[str, Any], *, root: Path | str | None = None,
@@ -132,7 +135,7 @@ class _Soak:
         self.seconds = 60 * config.minutes
         self.canaries: dict[int, list[int]] = {}
         self.asked: list[workload.Asked] = []
-        self._batch = 0
+        self._batch = self.life = 0
 
     def __enter__(self) -> _Soak:
         """Records the canaries and warms up, outside of the time: on a CPU each length is compiled for, once."""
@@ -162,6 +165,7 @@ class _Soak:
                        process=config.process, max_len=self.buckets[-1] + NEW, **settings)
 
     def _begin(self) -> None:
+        self.life += 1
         self.runtime = self._made(self.config.arm)
         pid = self.runtime.worker_pid
         self.process = None if pid is None else psutil.Process(pid)
@@ -224,7 +228,8 @@ class _Soak:
         self.counted = {name: counters[name] for name in self.counted}
         return {"prompt_tokens": length, "canary": canary, "ttft_ms": out.ttft_ms, "path": out.paths[0],
                 "itl_ms": statistics.median(out.itl_ms), **happened, "graphs": int(counters["graphs"]),
-                **self.gauge.read(self.process), "event": self.hand.happened(), "recovery_ms": recovery_ms}
+                **self.gauge.read(self.process), "event": self.hand.happened(), "recovery_ms": recovery_ms,
+                "life": self.life}
 
 
 class _Gauge:

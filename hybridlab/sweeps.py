@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from hybridlab.config import as_dict, build
 from hybridlab.errors import HybridlabError, SweepError
+from hybridlab.files import content
 from hybridlab.parameters import Experiment, code_cells, defaults, read_notebook, settings
 
 MOST_JOBS = 10_000
@@ -188,20 +189,14 @@ class _Plain(yaml.SafeLoader):
 
 def _mapping(path: Path) -> Names:
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise SweepError(f"{str(path)!r} is too long", f"more than {MOST_BYTES:,} bytes", "split the sweep")
-        loader = _Plain(data.decode())
+        loader = _Plain(content(path, MOST_BYTES).decode())
         try:
             found = loader.get_single_data()  # as yaml.safe_load does
         finally:
             loader.dispose()
     except OSError as error:
-        raise SweepError(f"{str(path)!r} cannot be read", str(error.strerror), "give a YAML file") from None
+        raise SweepError(f"{str(path)!r} cannot be read", str(error.strerror), "give a short YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, SweepError):
-            raise
         raise SweepError(f"{str(path)!r} is no plain YAML", " ".join(str(error).split())[:300],
                          "write each key once and each value out") from None
     if not isinstance(found, dict):

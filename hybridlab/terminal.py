@@ -132,6 +132,9 @@ def machine(found: dict[str, Any], missing: list[str]) -> None:
                     table.add_row(escape(f"gpu {number} {detail}"), escape(_shown(one)))
         elif name not in ("versions", "failed"):
             table.add_row(escape(name), escape(_shown(value)))
+    if found.get("cuda_available"):
+        table.add_row("graphs make room", "one by one, or all together: a self-test decides at the start of a runtime "
+                                          "with cache_graphs or cache_bytes")
     for name, value in found["versions"].items():
         table.add_row(escape(name), escape(value or "not installed"))
     for name, reason in found["failed"].items():

@@ -19,7 +19,7 @@ from rich.table import Table
 from hybridlab import fused, models, tiles, tuning
 from hybridlab.config import DTYPES
 from hybridlab.errors import ConfigError, choose
-from hybridlab.records import atomic_write
+from hybridlab.files import atomic_write
 from hybridlab.tiles import Found, Product, Weights
 from hybridlab.tuning import LIBRARY, TOKENS, Entry, Tile
 

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from hybridlab.errors import ConfigError, nearest
+from hybridlab.files import content
 from hybridlab.paths import data_dir
 
 
@@ -39,6 +40,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 LARGEST = Tile(128, 16384, 32, 8)  # what a kernel may be asked for: powers of two, as Triton wants them, but stages
 SMALLEST = Tile(1, 16, 1, 1)
 MOST_ELEMENTS = 2**16  # held in registers: a compiler works for minutes on more
+LIMIT_BYTES = 2**24  # of a table
 RATES_AGREE = 1e-3  # or 0.1 GB/s: a table holds rounded numbers
 
 Key = tuple[str, int, int, int, str]  # op, tokens, rows, depth, dtype
@@ -166,7 +168,7 @@ def read(file: Path) -> dict[Key, Entry]:
     """Every entry of a file by its product, in the file's order. Raises `ConfigError` for the first line that is
     damaged: a tile taken from it would be slow for no visible reason, or none that a kernel compiles with."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = content(file, LIMIT_BYTES).decode("utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:

@@ -41,6 +41,8 @@ def _circumstances(result: Result) -> str:
     if result.config.warmup < WARMUP:
         said.append(f"Rounds that warmed up: {result.config.warmup}, where {WARMUP} are usual.")
     said.append(result.busy())
+    said += [f"Measure in a new process: {lost}." for one in extra.get("processes", [extra])
+             if (lost := one.get("lost"))]
     said.append(telemetry.words([one["during"] for one in extra.get("processes", [extra]) if "during" in one]))
     return " ".join(filter(None, said))
 

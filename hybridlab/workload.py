@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import errno
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import ConfigError, choose
+from hybridlab.files import atomic_write, content
 
 KINDS = ("grid", "uniform", "zipf", "chat")
 HEADER = ("prompt_tokens", "new_tokens")
 FILE = ".csv"
+LIMIT_BYTES = 2**26
 LONGEST = 500          # tokens: uniform and zipf draw prompts of 1 to this, the range of the paper's lengths
 
 # Of a conversation. These are ours, chosen to be plausible, and were not measured on any service.
@@ -118,7 +120,7 @@ def read(path: str | Path, longest: int | None = None) -> list[Asked]:
     Raises: ConfigError naming the first line that is no request, or holds more than `longest` tokens in all.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = content(path, LIMIT_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {str(path)!r} cannot be read", f"{type(error).__name__}: {error}"[:200],
                           f"give one of {', '.join(KINDS)}, or a CSV file with the header {','.join(HEADER)}") from None
@@ -145,12 +147,12 @@ def _request(line: str, number: int, path: str | Path, longest: int | None) -> A
 
 
 def write(path: str | Path, requests: Iterable[Asked]) -> None:
-    """Writes requests so that `read` gives them back; replaces the file. Raises: ConfigError if it cannot."""
+    """Writes requests so that `read` gives them back; replaces the file in one step, or leaves it as it was and raises
+    ConfigError."""
+    lines = [",".join(map(str, fields)) for fields in (HEADER, *requests)]
     try:
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(HEADER)
-            rows.writerows(requests)
+        atomic_write(Path(path), "\n".join(lines) + "\n")
     except OSError as error:
-        raise ConfigError(f"requests cannot be written to {str(path)!r}", str(error), "give a file in a directory "
-                          "that exists") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ConfigError(f"requests cannot be written to {str(path)!r}", str(error), "make room on the disk" if full
+                          else "give a file in a directory that exists and that you may write to") from None

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,21 @@ import pandas as pd
 import pytest
 
 import hybridlab as hl
-from hybridlab import checkpoint, models, paths, records, report, terminal
+from hybridlab import (
+    checkpoint,
+    files,
+    kineto,
+    models,
+    parameters,
+    paths,
+    records,
+    report,
+    store,
+    sweeps,
+    terminal,
+    tuning,
+    workload,
+)
 from hybridlab.config import RunConfig
 from hybridlab.errors import ConfigError, HybridlabError, ModelError, RunError
 
@@ -197,7 +212,7 @@ def test_case_28_a_full_disk_at_every_call_in_turn_loses_nothing_finished(tmp_pa
             disk = Disk(patch, full_at)
             record(tmp_path, f"run-{full_at}", done)
         path = tmp_path / "cpu-test" / f"run-{full_at}"
-        assert not list(path.rglob(f"{records.TEMPORARY}*")), "half a file was left"
+        assert not list(path.rglob(f"{files.TEMPORARY}*")), "half a file was left"
         if "created" in done:
             found = records.read(path)
             assert len(found.rows) >= done.count("appended")
@@ -219,6 +234,81 @@ def test_case_29_two_runs_never_share_a_directory(tmp_path: Path) -> None:
     records.Run.create(CONFIG, tmp_path, run_id="one")
     with pytest.raises(RunError, match="there already"):
         records.Run.create(CONFIG, tmp_path, run_id="one")
+
+
+# --- what cannot be read to its end ----------------------------------------------------------------------------------
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "requests": ("x.csv", workload.read), "tiles": ("x.csv", tuning.read), "trace": ("x.json", kineto.read),
+    "notebook": ("x.ipynb", parameters.read_notebook), "sweep": ("x.yaml", sweeps.read),
+    "config": ("config.json", checkpoint.check_config), "run": (records.CONFIG, lambda file: records.read(file.parent)),
+    "manifest": (records.MANIFEST, lambda file: records.load(file)),
+    "rows": (records.ROWS, lambda file: records._rows(file.parent)),
+}
+
+
+def without_end(file: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such files")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_without_an_end_is_refused_at_once(name: str, kind: str, tmp_path: Path) -> None:
+    """A run, trace or notebook from somebody whose reader waits for ever, or fills the memory."""
+    (tmp_path / records.CONFIG).write_text("{}")
+    file, said = tmp_path / READERS[name][0], list[Exception]()
+    file.unlink(missing_ok=True)
+    without_end(file, kind)
+
+    def read() -> None:
+        try:
+            READERS[name][1](file)
+        except HybridlabError as error:
+            said.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(30)
+    assert not reader.is_alive()
+    assert re.search("no regular file|leads out of the run|is no run directory", str(said[0]))
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    """`hybridlab runs` waiting for ever for one manifest of a store."""
+    record(tmp_path, "good", [])
+    record(tmp_path, "bad", [])
+    manifest = tmp_path / "cpu-test" / "bad" / records.MANIFEST
+    manifest.unlink()
+    without_end(manifest, "device")
+    assert dict(zip(*store.runs(tmp_path)[["run_id", "status"]].T.to_numpy(), strict=True)) == {
+        "good": "complete", "bad": "unreadable"}
+
+
+def test_a_file_of_a_run_is_not_one_elsewhere(tmp_path: Path) -> None:
+    """Somebody's run that shows what another file of this machine holds, in a table or an error."""
+    (tmp_path / "secret.json").write_text('{"reason": "mine"}')
+    record(tmp_path, "one", [])
+    path = tmp_path / "cpu-test" / "one"
+    (path / records.MANIFEST).unlink()
+    (path / records.MANIFEST).symlink_to(tmp_path / "secret.json")
+    with pytest.raises(RunError, match="leads out of the run"):
+        records.read(path)
+
+
+def test_more_than_its_limit_is_not_read(tmp_path: Path) -> None:
+    """A manifest of terabytes, which a disk holds in a few bytes."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RunError, match="holds more than 67,108,864 bytes"):
+        records.load(tmp_path / "sparse")
+    (tmp_path / "small").write_bytes(b"12345")
+    assert files.content(tmp_path / "small", 5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        files.content(tmp_path / "small", 4)
 
 
 # --- 30: hostile text -------------------------------------------------------------------------------------------------

@@ -142,11 +142,12 @@ def test_a_name_of_another_type_is_no_name(value: Any) -> None:
 
 
 @FEW
-@given(st.sampled_from(["kineto_file", "nsys_file", "weights", "index", "config"]), st.data())
+@given(st.sampled_from(["kineto_file", "nsys_file", "weights", "index", "config", "requests"]), st.data())
 def test_any_bytes_are_read_or_refused(name: str, data: Any) -> None:
     """A file of any content that ends in anything else than a result or the promised error."""
     sound = {"kineto_file": targets.TRACE.encode(), "nsys_file": targets.database(), "weights": targets.WEIGHTS,
-             "index": targets.INDEX.encode(), "config": targets.CONFIG.encode()}[name]
+             "index": targets.INDEX.encode(), "config": targets.CONFIG.encode(),
+             "requests": targets.REQUESTS.encode()}[name]
     content = bytearray(sound)
     for at, byte in data.draw(st.lists(st.tuples(st.integers(0, len(sound) - 1), st.integers(0, 255)), max_size=5)):
         content[at] = byte
@@ -201,6 +202,8 @@ DAMAGE: dict[str, Callable[[Path, Any], None]] = {
     "gone": lambda file, draw: file.unlink(),
     "folder": lambda file, draw: (file.unlink(), file.mkdir()),
     "link": lambda file, draw: (file.unlink(), file.symlink_to("/dev/null")),
+    "zero": lambda file, draw: (file.unlink(), file.symlink_to("/dev/zero")),
+    "fifo": lambda file, draw: (file.unlink(), os.mkfifo(file)),
     "circle": lambda file, draw: (file.unlink(), file.symlink_to(file.name)),
 }
 

@@ -106,7 +106,7 @@ def test_case_07_work_of_another_thread_ends_a_global_capture_loudly(mode: str, 
     asked = each._replace(function=disturbed)
     try:
         if fails:
-            with pytest.raises(CaptureFailed):
+            with pytest.raises(CaptureFailed, match=r"(?s)could not be captured · .*captur"):  # CUDA's rule, by name
                 held.record(asked, mode=mode)
         else:
             held.adopt(asked, *held.record(asked, mode=mode))
@@ -150,8 +150,9 @@ def test_case_03_failed_captures_leave_no_memory_that_cannot_be_had_back() -> No
         with pytest.raises(CaptureFailed):
             held.capture(Job(f"bad {number}", lambda: (x @ x.t()).sum().item(), [x]))
     held.clear()
-    assert held.poisoned == "" or f"PyTorch {torch.__version__}" in held.poisoned
-    if not held.poisoned:
+    lost = pools.lost()
+    assert lost == "" or f"PyTorch {torch.__version__}" in lost
+    if not lost:
         assert not pools.SPOILED
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import scipy
 from typer.testing import CliRunner
 
-from hybridlab import cli, growth, records, soak
+from hybridlab import cli, committed, growth, records, soak
 from hybridlab.config import SoakConfig
 from hybridlab.errors import ConfigError, RunError, StatisticsError
 
-SHORT = {"minutes": 0.3, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
+SHORT = {"minutes": 1.0, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +35,14 @@ def test_a_worker_is_stopped_and_killed_and_every_canary_stays_right(tmp_path: A
     assert {"stop", "kill"} <= set(",".join(rows["event"]).split(","))
     assert rows["recovery_ms"].notna().sum() == 1
     assert set(rows["path"]) <= {"graph", "eager"}
-    slopes = {quantity.column: found for quantity, found in result.slopes().items()}
-    assert set(slopes) == {"rss_bytes", "files", "threads", "itl_ms"}
+    assert list(rows["life"].unique()) == [1, 2]
+    assert [quantity.column for quantity in result.slopes() if not quantity.words.endswith(growth.LIFE)] == [
+        "rss_bytes", "files", "threads", "itl_ms"]
     assert not any(found.grows(quantity) for quantity, found in result.slopes().items()
                    if quantity.column in ("files", "threads"))
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    assert "killed 1 times" in result.reading()
-    assert len(result.grid().rows) == 4
+    assert len(result.grid().rows) == len(result.slopes())
+    assert "stopped 1 and killed 1 times" in result.grid().note
 
 
 def test_a_wrong_canary_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,11 +65,33 @@ def test_a_wrong_canary_ends_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     assert "canary" in found.reason
 
 
+def test_a_process_that_stays_fails_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete soak after which a process goes on running."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Leaving(nullcontext[Any]):
+        def __init__(self, *_: Any) -> None:
+            super().__init__(self)
+
+        def rows(self, report: Any) -> Any:
+            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+            yield []
+
+    monkeypatch.setattr(soak, "_Soak", Leaving)
+    monkeypatch.setattr(soak, "verdict", lambda rows: [])
+    try:
+        result = soak.run(SHORT, root=tmp_path, progress=False)
+    finally:
+        started[0].kill()
+        started[0].wait(60)
+    assert (result.status, result.reason) == ("failed", "1 processes were left behind")
+
+
 def rows(count: int = 400, **planted: Any) -> pd.DataFrame:
     draw = np.random.default_rng(3)
     steady = {"at_s": np.linspace(0, 600, count), "rss_bytes": 9e8 + draw.normal(0, 1e6, count), "gpu_bytes": None,
               "files": draw.integers(30, 33, count), "threads": 12, "itl_ms": draw.lognormal(0.5, 0.2, count),
-              "event": ""}
+              "event": "", "life": 1}
     return pd.DataFrame(steady | planted)
 
 
@@ -85,6 +112,41 @@ def test_a_planted_leak_is_named(column: str, leak: Any) -> None:
     (problem,) = soak.verdict(rows(**{column: leak}))
     words = next(quantity.words for quantity in growth.WATCHED if quantity.column == column)
     assert problem.startswith(f"{words} grows by")
+
+
+@pytest.mark.parametrize("seconds", [60, 600, 3600])
+@pytest.mark.parametrize(("column", "leak"), [("rss_bytes", 500 * growth.MIB), ("files", 40), ("threads", 10),
+                                              ("itl_ms", 0.8)])
+def test_a_leak_that_each_kill_hides_is_named(column: str, leak: float, seconds: int) -> None:
+    """A saw: what a worker gathers until it is killed and the next one begins anew, which no slope over all shows."""
+    lives = max(1, seconds // 120) + 1
+    at_s = np.linspace(0, seconds, 400 * lives)
+    through = at_s / seconds * lives
+    life, part = np.minimum(through.astype(int), lives - 1) + 1, through % 1
+    calm = rows(400 * lives, at_s=at_s, life=life)
+    assert soak.verdict(calm) == []
+    problems = soak.verdict(calm.assign(**{column: calm[column] + leak * part}))
+    words = next(quantity.words for quantity in growth.WATCHED if quantity.column == column)
+    assert problems[-1].startswith(f"{words}{growth.LIFE} grows by")
+
+
+def test_the_slope_is_that_of_theil_and_sen() -> None:
+    """An estimate of our own that is another one, where SciPy has it for a single life."""
+    at_s, values = np.arange(240.0), np.random.default_rng(1).normal(0, 1, 240) + np.arange(240) / 500
+    found = growth.slope(at_s, values)
+    blocks = [np.median(block) for block in np.array_split(values[24:], growth.BLOCKS)]
+    hours = [np.median(block) / 3600 for block in np.array_split(at_s[24:], growth.BLOCKS)]
+    expected = scipy.stats.theilslopes(blocks, hours, 0.95)
+    assert (found.per_hour, found.low, found.high) == pytest.approx((expected[0], expected[2], expected[3]))
+
+
+def test_a_life_too_short_to_judge_is_left_out() -> None:
+    """A worker that was killed while its caches filled, taken for one that leaks; or a soak of such ones refused."""
+    life = np.where(np.arange(400) < 370, 1, 2)
+    filling = np.where(life == 2, np.linspace(3e8, 9e8, 400), 9e8)
+    assert soak.verdict(rows(life=life, rss_bytes=filling)) == []
+    short = rows(400, life=np.arange(400) // 30)
+    assert set(growth.slopes(short)) <= set(growth.WATCHED)
 
 
 def test_too_few_rows_say_nothing() -> None:
@@ -131,3 +193,28 @@ def test_the_command_hands_its_options_over_and_says_the_verdict(status: str, co
     done = CliRunner().invoke(cli.app, ["soak", "--minutes", "2", "--process", "here", "--cache-graphs", "3"])
     assert done.exit_code == code, done.output
     assert (asked[0].minutes, asked[0].process, asked[0].cache_graphs) == (2.0, "here", 3)
+
+
+def test_a_soak_can_be_published_and_stands_in_readme(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of endurance that nobody can show, or a table of it that differs from its rows and passes."""
+    run = records.Run.create(SoakConfig(device="cpu"), tmp_path / "own" / "runs")
+    life = np.arange(400) // 200 + 1
+    found = rows(life=life, request=np.arange(400), prompt_tokens=8, canary=np.arange(400) % 10 == 0, ttft_ms=2.0,
+                 path="graph", captures=1, evictions=1, graphs=2)
+    found["rss_bytes"] = found["rss_bytes"].astype(int)
+    lines = found.astype(object).assign(recovery_ms=None).to_dict("records")
+    lines[100] |= {"event": "stop"}
+    lines[200] |= {"event": "kill", "recovery_ms": 1500.0}
+    run.append(lines)
+    run.finish("complete")
+    target = committed.publish(run.path, tmp_path)
+    readme, name = tmp_path / "README.md", target.relative_to(tmp_path / "data" / "runs").as_posix()
+    readme.write_text(f"<!-- table: soak run={name} -->\n<!-- /table -->\n")
+    assert len(committed.check(tmp_path, write=True).written) == 1
+    text = readme.read_text()
+    for said in ("| threads, in a worker's life |", "| steady |", "400 requests in 10.0 minutes, 400 evictions;",
+                 "stopped 1 and killed 1 times; another one served after 1.5 s"):
+        assert said in text
+    assert committed.check(tmp_path).wrong == []
+    readme.write_text(text.replace("| steady |", "| grows |", 1))
+    assert "differs from its rows" in committed.check(tmp_path).wrong[0]

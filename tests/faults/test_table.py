@@ -26,9 +26,11 @@ CASES: dict[int, tuple[str, str]] = {
     2: ("memory runs out in a capture", """
         unit/test_cache: test_room_is_made_when_memory_runs_out
         gpu/test_cache: test_running_out_of_memory_is_one_failed_capture"""),
+    # The process is not started anew: it warns, and its run says so, which is what unit/test_experiment holds.
     3: ("fifty captures that fail", """
         unit/test_cache: test_a_failed_capture_leaves_the_cache_as_it_was
         faults/test_engine: test_case_03_memory_that_failed_captures_keep_is_reported
+        unit/test_experiment: test_memory_that_failed_captures_keep_is_told
         faults/test_gpu_cases: test_case_03_failed_captures_leave_no_memory_that_cannot_be_had_back
         gpu/test_cache: test_failed_captures_cost_no_memory"""),
     4: ("a kernel is first used inside a capture", """
@@ -62,6 +64,8 @@ CASES: dict[int, tuple[str, str]] = {
             test_it_is_asked_where_graphs_will_be_dropped
         unit/test_cache: test_all_go_where_one_by_one_is_not_safe
         gpu/test_cache: test_the_self_test_and_what_follows_from_it"""),
+    # An output that is read after the next replay holds that one's values, and nothing refuses it: no caller can, as
+    # buffers are the engine's, which reads each before it replays again.
     12: ("graphs of one pool replayed in every order", """
         unit/test_cache: test_graphs_of_one_pool_give_equal_results_in_every_order
         gpu/test_cache: test_graphs_of_one_pool_replay_in_every_order"""),
@@ -90,12 +94,15 @@ CASES: dict[int, tuple[str, str]] = {
         faults/test_processes: test_case_18_a_killed_worker_fails_the_run_with_its_rows_and_the_next_run_works
             test_case_18_a_device_that_is_broken_for_good_is_a_death
         faults/test_soak: test_a_worker_is_stopped_and_killed_and_every_canary_stays_right
+            test_a_leak_that_each_kill_hides_is_named
         faults/test_compiled: test_half_a_compiled_kernel_is_compiled_again"""),
     19: ("the notebook's kernel or the parent is killed", """
         faults/test_processes: test_case_19_a_worker_is_gone_ten_seconds_after_its_parent
             test_case_19_gpu_memory_is_back_after_the_parent"""),
-    20: ("the worker hangs", """
-        faults/test_processes: test_case_20_a_worker_that_hangs_is_ended_and_what_wakes_it_later_does_no_harm"""),
+    # Nothing tells a device that hangs from a first step that captures and compiles: that has step_timeout_s, 120 s.
+    20: ("the worker is stopped: an error within two seconds; it hangs: within step_timeout_s", """
+        faults/test_processes: test_case_20_a_worker_that_is_stopped_is_ended_and_what_wakes_it_later_does_no_harm
+        unit/test_link: test_a_worker_that_hangs_is_ended_by_its_deadline"""),
     21: ("frames that are none", """
         faults/test_processes: test_case_21_a_pickle_for_a_frame_is_refused_and_ends_the_worker
         unit/test_frames: test_what_is_no_frame_is_refused test_random_bytes_end_in_a_refusal_or_a_frame"""),
@@ -159,12 +166,16 @@ PROMISES: dict[int, str] = {
           notebooks/test_run: test_an_interrupt_leaves_a_verdict_and_no_kernel
           gpu/test_cache: test_memory_comes_back test_failed_captures_cost_no_memory""",
     5: """unit/test_repository: test_nothing_can_execute_data test_a_banned_name_is_seen
+          faults/test_files: test_a_file_without_an_end_is_refused_at_once test_a_file_of_a_run_is_not_one_elsewhere
           unit/test_models: test_code_beside_the_weights_never_runs
           faults/test_files: test_case_24_a_hostile_config_imports_and_fetches_nothing""",
     6: """unit/test_runtime: test_bad_prompts_are_refused test_bad_settings_are_refused
           unit/test_models: test_all_fields_are_listed_at_once
           notebooks/test_run: test_a_bad_parameter_is_refused_before_anything_is_written""",
     7: """unit/test_cli: test_check_finds_writes_and_accepts test_check_notices_a_changed_run
+          unit/test_peers: test_what_is_not_installed_is_an_empty_line_that_says_how_to_get_it
+          unit/test_published: test_every_table_is_there_with_its_sources
+              test_every_claim_fits_its_judge_and_cites_cells_that_are_known
           unit/test_repository: test_committed_notebooks_are_clean""",
 }
 

@@ -1,7 +1,8 @@
 """`python -m tests.fuzz.harness NAME [libFuzzer options]`: atheris searches for bytes that break one reader.
 
-Names: kineto, nsys, weights, index, config. It begins from a sound file, keeps what it learns in .cache/fuzz/NAME, and
-ends at the first input that is neither read nor refused; that input is then a case for tests/faults/test_fuzz.py.
+Names: kineto, nsys, weights, index, config, workload. It begins from a sound file, keeps what it learns in
+.cache/fuzz/NAME, and ends at the first input that is neither read nor refused; that input is then a case for
+tests/faults/test_fuzz.py.
 `-max_total_time=60` bounds it. Needs atheris, which `make fuzz` installs.
 """
 
@@ -20,6 +21,7 @@ BEGIN = {
     "nsys": (targets.nsys_file, [targets.database()]),
     "weights": (targets.weights, [targets.WEIGHTS]),
     "index": (targets.index, [targets.INDEX.encode()]),
+    "workload": (targets.requests, [targets.REQUESTS.encode()]),
     "config": (targets.config, [targets.CONFIG.encode()]),
 }
 

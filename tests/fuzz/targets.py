@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hybridlab import checkpoint, events, kineto, names, nsys
-from hybridlab.errors import ModelError, TraceError
+from hybridlab import checkpoint, events, kineto, names, nsys, workload
+from hybridlab.errors import ConfigError, ModelError, TraceError
 
 
 @contextmanager
@@ -111,6 +111,21 @@ def config(data: bytes) -> None:
             assert not set(found) & {name for name in checkpoint.FORBIDDEN if found.get(name) is not None}
 
 
+def requests(data: bytes) -> None:
+    """Any bytes as a file of requests: what passes fits, and is the same when it was written again."""
+    with folder() as made:
+        (made / "x.csv").write_bytes(data)
+        try:
+            found = workload.read(made / "x.csv", 4096)
+        except ConfigError as error:
+            require_short(error)
+        else:
+            assert found
+            assert all(min(one) >= 1 and sum(one) <= 4096 for one in found)
+            workload.write(made / "y.csv", found)
+            assert workload.read(made / "y.csv") == found
+
+
 EVENT = {"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": 10.5, "dur": 3,
          "args": {"device": 0, "stream": 7, "correlation": 6, "graph id": 3, "graph node id": 12}}
 CALL = EVENT | {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "tid": 486, "args": {"correlation": 6}}
@@ -118,6 +133,7 @@ TRACE = json.dumps({"traceEvents": [EVENT, CALL, CALL | {"cat": "user_annotation
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
                      "vocab_size": 48, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
                      "text_config": {"auto_map": None}, "_attn_implementation": "sdpa"})
+REQUESTS = "prompt_tokens,new_tokens\n100,4\n\n7, 2\n"
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "../x.safetensors"}})
 HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
 WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)

@@ -164,6 +164,9 @@ def test_the_table_ends_with_what_is_missing_or_that_nothing_is(capsys):
     assert "gpu 0 name" in out
     assert "[red]H200" in out
     assert out.rstrip().endswith("Nothing is missing: every feature works here.")
+    assert "self-test" not in out
+    terminal.machine(found | {"cuda_available": True}, [])
+    assert "self-test decides" in " ".join(capsys.readouterr().out.split())
     terminal.machine(found, ["Notebooks: [b]x[/b] \x1b[2J is not installed: pip install x."])
     out = capsys.readouterr().out
     assert "• Notebooks: [b]x[/b]" in out

@@ -137,6 +137,16 @@ def test_a_run_is_recorded_and_told_in_words(tmp_path):
     assert Runtime.alive == 0
 
 
+def test_memory_that_failed_captures_keep_is_told(monkeypatch):
+    """Runs recorded in a process that lost memory for good, of which only a log knows."""
+    monkeypatch.setattr(experiment.pools, "lost_bytes", lambda: 4096)
+    result = experiment.run(CONFIG)
+    assert result.recorded.extra["lost"].startswith("captures that failed keep 4,096 bytes of the GPU")
+    assert result.recorded.extra["lost"] in result.reading()
+    monkeypatch.undo()
+    assert experiment.Result.open(result.path).reading() == result.reading()
+
+
 @pytest.mark.parametrize(("change", "error"), [
     ({"lenghts": [4]}, ConfigError), ({"arms": ["hybrd"]}, ConfigError), ({"lengths": [4, 4]}, ConfigError),
     ({"arms": ["eager", "eager"]}, ConfigError), ({"steps": [1, 1], "policy": "full"}, ConfigError),

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from hybridlab import ranges, records
+from hybridlab import files, ranges, records
 from hybridlab.config import CacheConfig, RunConfig
 from hybridlab.errors import RunError
 
@@ -151,14 +151,14 @@ def test_a_row_out_of_schema_is_refused(tmp_path, wrong):
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     """Truncating in place is how an earlier good result is lost."""
     path = tmp_path / "result"
-    records.atomic_write(path, "old")
+    files.atomic_write(path, "old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(records.os, call, full)
     with pytest.raises(OSError, match="no space"):
-        records.atomic_write(path, "new")
+        files.atomic_write(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from hybridlab import cli, cluster, finished, jobs, outcomes, records, store, sweeping, sweeps
+from hybridlab import cli, cluster, files, finished, jobs, outcomes, records, store, sweeping, sweeps
 from hybridlab.errors import HybridlabError, RunError, SweepError
 
 PARAMETERS = 'model = "tiny"\nrepeats = 3\nlengths = [10]\ndevice = "cpu"\n'
@@ -63,7 +63,7 @@ class Machine:
             raise KeyboardInterrupt
         target = records.Run.create(sweeps.settings(sweeps.read_notebook(Path(wanted["notebook"])), "small.ipynb",
                                                     wanted["parameters"]), root)
-        records.atomic_write(target.path / finished.JOB, json.dumps(wanted["note"]))
+        files.atomic_write(target.path / finished.JOB, json.dumps(wanted["note"]))
         target.append([row(ms + 1) for ms in range(9)])
         if self.breaks.get(name) != "dies":
             target.finish("failed" if name in self.breaks else "complete", self.breaks.get(name, ""))
@@ -117,7 +117,7 @@ def ids(root: Path) -> list[str]:
     ("[" * 5000, "no plain YAML"),
     ("x: " + "9" * 5000, "no plain YAML"),
     ("x: \"\udc80\"", "no plain YAML"),
-    ("x: " + "y" * (sweeps.MOST_BYTES + 1), "too long"),
+    ("x: " + "y" * (sweeps.MOST_BYTES + 1), "holds more than 1,048,576 bytes"),
 ], ids=lambda value: value[:30] if isinstance(value, str) else None)
 def test_what_is_wrong_anywhere_is_refused_before_anything_starts(text: str, says: str, file: Path, tmp_path: Path,
                                                                   machine: Machine) -> None:

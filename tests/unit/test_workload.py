@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import Counter
 from itertools import pairwise
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridlab import workload
+from hybridlab import files, workload
 from hybridlab.config import PAPER_LENGTHS
 from hybridlab.errors import ConfigError
 from hybridlab.workload import Asked
@@ -75,6 +76,25 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert workload.read(tmp_path / "b.csv") == [Asked(10, 2), Asked(20, 3)]
     with pytest.raises(ConfigError, match="cannot be written"):
         workload.write(tmp_path / "none" / "a.csv", requests)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_requests_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         call: str) -> None:
+    """A recorded stream lost to the one that was to replace it, and advice that does not help."""
+    path = tmp_path / "a.csv"
+    workload.write(path, [Asked(10, 2)])
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, full)
+    with pytest.raises(ConfigError, match=r"No space left on device .* make room"):
+        workload.write(path, [Asked(20, 3)])
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("lines", "message"), [
