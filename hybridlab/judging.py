@@ -18,7 +18,7 @@ from hybridlab.errors import StatisticsError
 from hybridlab.papersamples import TIMED, at_length, by_length, holds
 from hybridlab.stats import Estimate
 
-KEYS = ["round", "tokens", "position", "index"]  # what two arms of one part share
+KEYS = ("round", "tokens", "position", "index")  # what two arms of one part share
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def growth(evidence: Evidence, *, part: str, arm: str, statistic: str, before: i
            cell: Sequence[Any] | None = None, against: Sequence[Any] | None = None) -> Finding:
     """How much larger `statistic` of one arm is at a length `after` than at `before`. Gaps of a longer generation
     include those of a shorter one; the interval takes them for independent, which makes it wider."""
-    late, early = (_at(evidence, part, arm, tokens)["value"] for tokens in (after, before))
+    late, early = (_at(evidence, part, arm, tokens) for tokens in (after, before))
     size = published.value(cell) / published.value(against) - 1 if cell and against else 0.0
-    return _reached(stats.change(late, early, statistic), size)
+    return _reached(stats.changed(late, early, statistic, like=()), size)
 
 
 def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Sequence[Any] | None = None,
@@ -135,8 +135,8 @@ def missed(evidence: Evidence, *, part: str, arm: str, metric: str, positions: i
 def cold(evidence: Evidence, *, arm: str, first: int, second: int, least: float) -> Finding:
     """Whether the first length takes `least` times as long as the second over first calls, and not when warm."""
     means = [_at(evidence, "protocol", arm, tokens, "first")["value"].mean() for tokens in (first, second)]
-    one, other = (_at(evidence, "ttft", arm, tokens)["value"] for tokens in (first, second))
-    warm = stats.change(one, other, "median")
+    one, other = (_at(evidence, "ttft", arm, tokens) for tokens in (first, second))
+    warm = stats.changed(one, other, like=())
     low, high = 1 + warm.low, 1 + warm.high
     return Finding(means[0] / means[1] > least > high,
                    f"cold {means[0] / means[1]:.2f}×, warm {1 + warm.value:.2f}× [{low:.2f}, {high:.2f}]",
@@ -226,17 +226,12 @@ def _flipped(found: Estimate) -> Estimate:
 def _change(evidence: Evidence, part: str, arm: str, base: str, statistic: str, tokens: int | None = None) -> Estimate:
     own, other = (_own(evidence, part, name) if tokens is None else _at(evidence, part, name, tokens)
                   for name in (arm, base))
-    keys = ["round", "request"] if part == "capture" else KEYS
-    both = own.merge(other, on=keys, suffixes=("", "_base"))
-    if len(both) == len(own) == len(other):  # value by value: what both met, a long prompt, say, is no difference
-        return stats.change(both["value"], both["value_base"], statistic, paired=True)
-    return stats.change(own["value"], other["value"], statistic)
+    return stats.changed(own, other, statistic, like=("round", "request") if part == "capture" else KEYS)
 
 
 def _disturbance(evidence: Evidence, arm: str) -> Estimate:
     own = _own(evidence, "overlap", arm)
-    return stats.change(own.loc[own["state"] == "capturing", "value"], _own(evidence, "overlap", "quiet")["value"],
-                        "median")
+    return stats.changed(own[own["state"] == "capturing"], _own(evidence, "overlap", "quiet"), like=())
 
 
 def _own(evidence: Evidence, part: str, arm: str, metric: str | None = None) -> pd.DataFrame:

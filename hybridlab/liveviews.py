@@ -77,10 +77,10 @@ def table(rows: pd.DataFrame, arms: Sequence[str], floors: pd.DataFrame | None, 
     for arm in arms:
         own = rows[rows["arm"] == arm]
         gaps, first = (own[own["metric"] == metric] for metric in ("itl", "ttft"))
-        line = {"arm": arm, "first tokens": f"{len(first):,}", "TTFT p50, ms": _cell(first["ms"], 50),
-                "gaps": f"{len(gaps):,}", "ITL p50, ms": _cell(gaps["ms"], 50)}
+        line = {"arm": arm, "first tokens": f"{len(first):,}", "TTFT p50, ms": _cell(first, 50),
+                "gaps": f"{len(gaps):,}", "ITL p50, ms": _cell(gaps, 50)}
         if percentile != 50:
-            line[f"ITL p{percentile:g}, ms"] = _cell(gaps["ms"], percentile)
+            line[f"ITL p{percentile:g}, ms"] = _cell(gaps, percentile)
         if compared:
             line["× eager"] = _ratio(compared[arm]) if arm in compared else NONE
         if floors is not None:
@@ -127,14 +127,15 @@ def _arm(arm: str, own: pd.DataFrame, longest: int, percentile: float) -> list[d
         "legendgroup": arm, "showlegend": True, "opacity": 0.55, "line": {"color": colour, "width": 1},
         "marker": {"color": colour, "symbol": looks.symbol(arm), "size": 5},
         "customdata": [int(own.index[i]) for i in kept], "hovertemplate": f"{arm}: %{{y:.3g}} ms<extra></extra>"}]
-    sure = {q: stats.quantile(ms, q / 100) for q in sorted({50.0, percentile}) if len(ms) >= stats.needed(q / 100)}
+    sure = {q: at for q in sorted({50.0, percentile}) if (at := stats.of(own, q / 100)) is not None}
     for q, dash in ((50.0, "solid"), (percentile, "dot")):
-        at = sure.get(q)
+        band = sure.get(q)
         found += [
-            {"x": [0, longest, longest, 0] if at else [], "y": [at.low, at.low, at.high, at.high] if at else [],
+            {"x": [0, longest, longest, 0] if band else [],
+             "y": [band.low, band.low, band.high, band.high] if band else [],
              "mode": "lines", "fill": "toself", "fillcolor": colour, "line": {"color": colour, "width": 0},
              "opacity": 0.2, "hoverinfo": "skip", **looks.unlisted(arm)},
-            {"x": [0, longest] if at else [], "y": [at.value, at.value] if at else [], "mode": "lines",
+            {"x": [0, longest] if band else [], "y": [band.value, band.value] if band else [], "mode": "lines",
              "line": {"color": colour, "width": 2, "dash": dash}, **looks.unlisted(arm),
              "hovertemplate": f"{arm} p{q:g}: %{{y:.3g}} ms<extra></extra>"}]
     order = np.sort(ms)
@@ -163,10 +164,9 @@ def _layout(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None, perce
     return found | {"xaxis.range": [0, 1.02 * longest]}
 
 
-def _cell(sample: pd.Series, q: float) -> str:
-    if len(sample) < stats.needed(q / 100):
+def _cell(own: pd.DataFrame, q: float) -> str:
+    if (at := stats.of(own, q / 100)) is None:
         return NONE
-    at = stats.quantile(sample, q / 100)
     return interval({"ms": at.value, "ms_low": at.low, "ms_high": at.high}, "ms")
 
 

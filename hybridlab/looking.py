@@ -66,8 +66,8 @@ def table(rows: pd.DataFrame, held: list[int]) -> pd.DataFrame:
         for name, own in both.items():
             line = {"arm": arm, "rounds": name, "n": len(own), "pairs": len(held)}
             for label, q in (("p50", 0.5), ("p99", 0.99)):
-                if len(own) >= stats.needed(q):
-                    line |= _named(label, stats.quantile(own["ms"], q))
+                if (found_at := stats.of(own, q)) is not None:
+                    line |= _named(label, found_at)
             if name == "followed" and len(held) >= stats.needed(0.5):
                 line |= _named("ratio", stats.ratio(medians["followed"], medians["held"], paired=True))
             found.append(line)

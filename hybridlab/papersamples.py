@@ -20,12 +20,12 @@ Q = {"median": 0.5, "p99": 0.99}
 
 def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
     """Arm, tokens and the median or p99 of each of the `samples` of a part that has enough values."""
-    return [(arm, tokens, stats.quantile(values, Q[statistic])) for arm, tokens, values in samples(rows, part)
-            if len(values) >= stats.needed(Q[statistic])]
+    return [(arm, tokens, found) for arm, tokens, cell in samples(rows, part)
+            if (found := stats.of(cell, Q[statistic], "value")) is not None]
 
 
-def samples(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, int, pd.Series]]:
-    """Arm, tokens and the values of each cell of a part, in ms: first tokens by prompt length; gaps by generation
+def samples(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """Arm, tokens and the rows of each cell of a part, values in ms: first tokens by prompt length; gaps by generation
     length, asked for or the paper's, those of its first tokens, whichever request of at least that length they are of.
     """
     own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
@@ -33,7 +33,7 @@ def samples(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, int, pd.Series
     for arm in own["arm"].drop_duplicates():
         mine = own[own["arm"] == arm]
         for tokens in generations(mine) if gaps else sorted(set(mine["tokens"])):
-            yield str(arm), int(tokens), at_length(mine, tokens)["value"]
+            yield str(arm), int(tokens), at_length(mine, tokens)
 
 
 def at_length(own: pd.DataFrame, tokens: int) -> pd.DataFrame:
@@ -58,12 +58,14 @@ def holds(rows: pd.DataFrame) -> str:
 
 def few(rows: pd.DataFrame, part: str, statistic: str) -> str:
     """Why none of the `samples` of a part has this statistic: how large the largest is, and how large it has to be."""
-    return needs(max((len(values) for _, _, values in samples(rows, part)), default=0), statistic, " a length")
+    return needs(max((len(cell) for _, _, cell in samples(rows, part)), default=0), statistic, " a length")
 
 
 def needs(n: int, statistic: str, of: str = "") -> str:
     """Why `n` values have no interval of a statistic."""
     least = stats.needed(0.99 if statistic == "p99" else 0.5)
+    if n >= least:
+        return f"n = {n:,}{of}, of requests that are too few or differ too much for a {statistic}"
     return f"n = {n:,}{of}; a {statistic} needs {least}" if n else NOT_MEASURED
 
 

@@ -54,7 +54,8 @@ def p99(rows: pd.DataFrame, caption: str) -> Grid:
              for tokens in (generations(own) if len(own) else [])]
     return Grid(f"P99 per token by generation length · {caption}", ["new tokens", *columns.values()], lines,
                 f"From a prompt of 10 tokens; P99 of the gaps of the first so many new tokens, where there are "
-                f"{stats.needed(0.99)} or more, with 95 % intervals; whole sequence: computed again for every token.")
+                f"{stats.needed(0.99)} or more and requests agree, with 95 % intervals over requests; whole sequence: "
+                "computed again for every token.")
 
 
 def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFrame:
@@ -63,11 +64,11 @@ def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFra
     own = stats.unprofiled(rows)[(rows["part"] == part) & (rows["metric"] == "gap")]
     lines = []
     for (arm, place), cell in own.groupby(["arm", (own["index"] - 1) // together], sort=False):
-        if len(cell) >= stats.needed(0.5):
-            middle = stats.quantile(cell["value"], 0.5)
-            tail = stats.quantile(cell["value"], 0.99).value if len(cell) >= stats.needed(0.99) else float("nan")
+        middle, tail = stats.of(cell, 0.5, "value"), stats.of(cell, 0.99, "value")
+        if middle is not None:
             lines.append({"arm": arm, "position": float(cell["position"].median()), "n": len(cell), "p50": middle.value,
-                          "p50_low": middle.low, "p50_high": middle.high, "p99": tail, "place": place})
+                          "p50_low": middle.low, "p50_high": middle.high, "p99": tail.value if tail else float("nan"),
+                          "place": place})
     table = pd.DataFrame(lines, columns=["arm", "position", "n", "p50", "p50_low", "p50_high", "p99", "place"])
     return table.sort_values(["arm", "place"]).drop(columns="place").reset_index(drop=True)
 
@@ -181,12 +182,8 @@ NEEDS = {"paper-ttft": ("ttft",), "paper-p99": tuple(PARTS), "paper-ablations": 
 
 
 def _change(own: pd.DataFrame, base: pd.DataFrame, statistic: str) -> Estimate | None:
-    keys = ["round", "request"] if (own["part"] == "capture").all() else KEYS
-    both = own.merge(base, on=keys, suffixes=("", "_base"))
-    paired = len(both) == len(own) == len(base)
     try:
-        return (stats.change(both["value"], both["value_base"], statistic, paired=True) if paired else
-                stats.change(own["value"], base["value"], statistic))
+        return stats.changed(own, base, statistic, ("round", "request") if (own["part"] == "capture").all() else KEYS)
     except StatisticsError:
         return None
 
@@ -201,8 +198,8 @@ def _three(found: Estimate | None) -> str:
 
 
 def _with_unit(own: pd.DataFrame) -> str:
-    enough = len(own) >= stats.needed(0.5)
-    return f"{_three(stats.quantile(own['value'], 0.5))} {own['unit'].iloc[0]}" if enough else NONE
+    found = stats.of(own, 0.5, "value")
+    return f"{_three(found)} {own['unit'].iloc[0]}" if found else NONE
 
 
 def _percent(found: Estimate | None) -> str:

@@ -17,7 +17,7 @@ import torch
 from msgspec.structs import replace
 from transformers import PreTrainedModel
 
-from hybridlab import experiment, fused, measure, models
+from hybridlab import experiment, fused, measure, models, stats
 from hybridlab.buckets import ladder
 from hybridlab.cells import cells
 from hybridlab.config import REPLAYING, RunConfig
@@ -47,13 +47,14 @@ def state(arm: str, path: str, bucket: int | None, rows: int, captures: int = 0)
 
 
 def schedule(generations: Iterable[int], gaps: int) -> list[int]:
-    """The requests, each by its new tokens, that give every generation length `gaps` gaps, the longest first.
+    """The requests, each by its new tokens, that give every generation length `gaps` gaps, of as many requests as an
+    interval needs, the longest first.
 
     A request begins as a shorter one does, so it also counts for all shorter lengths.
     """
     asked: list[int] = []
     for length in sorted(set(generations), reverse=True):
-        asked += [length] * math.ceil(max(0, gaps - len(asked) * (length - 1)) / (length - 1))
+        asked += [length] * (max(stats.needed(0.5), math.ceil(gaps / (length - 1))) - len(asked))
     return asked
 
 

@@ -221,15 +221,29 @@ def _line(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
 def against(own: pd.DataFrame, base: pd.DataFrame, like: Sequence[str] = PAIR) -> Estimate | None:
     """`ratio` of rows to those of a base, in pairs where each has its one like in the other, by the columns `like`
     (none: no pairs); the values of a request taken as a group. None where it has no interval."""
-    groups, others = grouped.requests(own), grouped.requests(base)
-    counts = [len(side) if each is None else _count(each) for side, each in ((own, groups), (base, others))]
+    counts = [len(side) if (groups := grouped.requests(side)) is None else _count(groups) for side in (own, base)]
     if min(counts) < needed(0.5):
         return None
+    one, other, sides = _sides(own, base, like, "ms")
+    return ratio(one, other, **sides)
+
+
+def changed(own: pd.DataFrame, base: pd.DataFrame, statistic: str = "median", like: Sequence[str] = PAIR,
+            column: str = "value") -> Estimate:
+    """`change` of a column of rows against those of a base, paired as `against` does. Raises as `change`."""
+    one, other, sides = _sides(own, base, like, column)
+    return change(one, other, statistic, **sides)
+
+
+def _sides(own: pd.DataFrame, base: pd.DataFrame, like: Sequence[str],
+           column: str) -> tuple[pd.Series, pd.Series, dict[str, Any]]:
+    """Both samples and how they belong together, as arguments of `ratio` and `change`."""
+    groups, others = grouped.requests(own), grouped.requests(base)
     both = own.merge(base, on=list(like), suffixes=("", "_base")) if like else own.iloc[:0]
-    if len(both) == len(own) == len(base):
-        pairs = None if groups is None else both.groupby(list(like[:-1]), sort=False).ngroup().to_numpy(np.int64)
-        return ratio(both["ms"], both["ms_base"], paired=True, groups=pairs)
-    return ratio(own["ms"], base["ms"], groups=groups, base_groups=others)
+    if not len(both) == len(own) == len(base):
+        return own[column], base[column], {"groups": groups, "base_groups": others}
+    pairs = None if groups is None else both.groupby(list(like[:-1]), sort=False).ngroup().to_numpy(np.int64)
+    return both[column], both[f"{column}_base"], {"paired": True, "groups": pairs}
 
 
 def _names(name: str) -> tuple[str, str, str]:

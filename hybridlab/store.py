@@ -194,7 +194,7 @@ def compare(runs: Iterable[str | Path], across: Sequence[str] = (), root: Path |
         for (what, metric), values in headlines(run).groupby(["what", "metric"])["value"]:
             line = own | {"what": what, "metric": metric, "n": len(values)}
             for name, q in zip(ESTIMATES, (0.5, 0.99), strict=True):
-                line |= estimated(name, values, q)
+                line |= estimated(name, values, q, values.index.to_numpy())
             lines.append(line)
     return pd.DataFrame(lines, dtype=object)
 
@@ -203,11 +203,12 @@ def _told(run: records.Recorded) -> dict[str, Any]:
     return as_dict(run.config) | facts(run.path.parent.name, run.environment)
 
 
-def estimated(name: str, values: Any, q: float = 0.5) -> dict[str, float | None]:
-    """A quantile and its interval as columns; None where n does not allow one."""
+def estimated(name: str, values: Any, q: float = 0.5, request: Any = None) -> dict[str, float | None]:
+    """A quantile and its interval as columns, None where it has none; `request`: the number of each value's."""
     from hybridlab import stats  # late: scipy takes a second, and a table of runs needs none
 
-    found = stats.quantile(values, q) if len(values) >= stats.needed(q) else None
+    one = pd.DataFrame({"value": values}).assign(**({} if request is None else {"request": request}))
+    found = stats.of(one, q, "value")
     value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
@@ -242,11 +243,11 @@ def _headlines(kind: str, found: pd.DataFrame) -> pd.DataFrame:
         what = pd.Series("requests", found.index)
     elif kind == "paper" and found["part"].isin(list(TABLES)).any():
         found = found[found["part"].isin(list(TABLES))]
-        return pd.DataFrame({"what": found["arm"], "metric": found["part"].map(TABLES), "value": found["value"]})
+        return _each(found, found["arm"], found["part"].map(TABLES), "value")
     elif kind in PARTS:
         part, setting, step = PARTS[kind]
         what = (found[part] + " " + found[setting]).str.strip()
-        return pd.DataFrame({"what": what, "metric": found[step] + ", " + found["unit"], "value": found["value"]})
+        return _each(found, what, found[step] + ", " + found["unit"], "value")
     elif kind == "kernels":
         found = found[found["metric"] == "step"]
         what = found["variant"] + ", context " + found["context"].astype(str)
@@ -255,4 +256,12 @@ def _headlines(kind: str, found: pd.DataFrame) -> pd.DataFrame:
         what = found["setting"]
     else:
         what = found["arm"]
-    return pd.DataFrame({"what": what, "metric": found["metric"].map(NAMED), "value": found["ms"]})
+    return _each(found, what, found["metric"].map(NAMED), "ms")
+
+
+def _each(found: pd.DataFrame, what: pd.Series, metric: pd.Series, column: str) -> pd.DataFrame:
+    """A row a value, its index the number of its request."""
+    from hybridlab import grouped  # late, as above
+
+    table, groups = pd.DataFrame({"what": what, "metric": metric, "value": found[column]}), grouped.requests(found)
+    return table.set_axis(range(len(found)) if groups is None else groups)
