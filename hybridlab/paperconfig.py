@@ -26,7 +26,7 @@ class PaperConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     generations: Annotated[tuple[Annotated[int, Meta(ge=2)], ...], Meta(min_length=1)] = PAPER_LENGTHS  # new tokens
     buckets: Literal["exact"] | tuple[Positive, ...] | None = None  # prompt lengths to capture, as of RuntimeConfig
     repeats: Positive = 30                              # rounds of first tokens
-    gaps: Positive = 368                                # between tokens, for each generation length and arm
+    gaps: Positive = 660  # between tokens, for each generation length and arm; a p99 of six requests needs so many
     warmup: Annotated[int, Meta(ge=1)] = 20             # untimed rounds before the first timed one
     trace_requests: Positive = 100                      # of the stream of prompts that captures are made under
     passes: Positive = 3                                # of that stream under each capture policy, from a cold cache

@@ -56,7 +56,7 @@ def gaps(part: str, arm: str, ms: Any, **columns: Any) -> list[Any]:
     return [row(part, **{"arm": arm, "round": k, "request": k, "tokens": length, "index": index,
                          "position": 10 + index, "metric": "gap", "value": ms(index) * (1 + 0.01 * (-1) ** index),
                          "path": "graph", "state": "hit"} | columns)
-            for k, length in enumerate(schedule((50, 350, 500), 368)) for index in range(1, length)]
+            for k, length in enumerate(schedule((50, 350, 500), 660)) for index in range(1, length)]
 
 
 def calls(arm: str, first: Any, again: float) -> list[Any]:
@@ -170,7 +170,7 @@ def test_overlap_and_its_limit_are_two_claims() -> None:
     """A gap a little longer while a graph is captured: not blocked, and not free."""
     cell = {"metric": "gap", "path": "graph"}
     def gap(arm: str, state: str, ms: float) -> list[Any]:
-        return [row("overlap", arm=arm, state=state, index=k, value=ms * (1 + 0.01 * (-1) ** k), **cell)
+        return [row("overlap", arm=arm, state=state, request=k, index=k, value=ms * (1 + 0.01 * (-1) ** k), **cell)
                 for k in range(40)]
     rows = gap("quiet", "quiet", 10.0) + gap("thread", "capturing", 10.5) + gap("thread", "quiet", 99.0)
     assert [judged(name, rows).verdict for name in ("overlap", "overlap-limit")] == [REPRODUCED, REPRODUCED]

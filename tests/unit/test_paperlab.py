@@ -53,7 +53,9 @@ def test_the_schedule_gives_every_length_enough_gaps_and_no_more() -> None:
             there = sum(length - 1 for one in asked if one >= length)
             assert there >= gaps
             if length in asked:
-                assert there - (length - 1) < gaps, "a request too many"
+                requests = sum(one >= length for one in asked)
+                assert requests >= 6, "too few for an interval"
+                assert requests == 6 or there - (length - 1) < gaps, "a request too many"
 
 
 def test_a_step_says_how_a_graph_served_it() -> None:

@@ -219,7 +219,7 @@ HEADLINES = {  # of each kind: what a committed run, or the small one below, is 
     "soak": ("test-board/20260101-000003-bbbb", "requests", "recovery, ms")}
 SOAK = {"at_s": 1.0, "prompt_tokens": 4, "canary": False, "ttft_ms": 2.0, "itl_ms": 0.5, "path": "graph", "captures": 0,
         "evictions": 0, "graphs": 1, "rss_bytes": 9, "gpu_bytes": None, "files": 3, "threads": 2, "event": "",
-        "recovery_ms": None}
+        "recovery_ms": None, "life": 1}
 
 
 def recorded(root: Path, name: str, config: Any, rows: list[dict[str, Any]]) -> str:
