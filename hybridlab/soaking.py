@@ -49,6 +49,7 @@ def command(
         with terminal.err.status("starting"):
             from hybridlab import soak
         result = soak.run(config, root=runs)
-        terminal.results([result.grid().rich()], f"{result.reading()}\nrun      {terminal.near(result.path)}")
+        verdict = result.reading().splitlines()[-1]  # what comes before it stands under the table
+        terminal.results([result.grid().rich()], f"{verdict}\nrun      {terminal.near(result.path)}")
     if result.status != "complete":
         raise typer.Exit(terminal.FAILED)
