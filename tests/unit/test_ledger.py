@@ -124,7 +124,7 @@ def test_the_lowest_tail_is_asked_at_every_length() -> None:
     eager = gaps("cached", "eager", lambda _: 20.0)
     assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0) + eager).verdict == REPRODUCED
     late = judged("lowest-tail", gaps("cached", "hybrid", lambda index: 7.0 if index < 450 else 90.0) + eager)
-    assert (late.verdict, late.here) == (NOT_REPRODUCED, "lowest at 6 of 7 lengths")
+    assert (late.verdict, late.here) == (NOT_REPRODUCED, "lowest at 7 of 8 lengths")
     fused = gaps("cached", "hybrid fused", lambda _: 3.0)
     assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0) + eager + fused).verdict == REPRODUCED
 
@@ -230,7 +230,7 @@ def test_two_processes_are_judged_by_gaps_of_equal_tokens() -> None:
 
 def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, model: str = "tiny",
               status: Literal["complete", "failed"] = "complete", failed: str = "") -> Path:
-    """A recorded run of kind peers: a first token and 47 gaps of each system, four prompt lengths and eleven rounds;
+    """A recorded run of kind peers: a first token and 47 gaps of each system, four prompt lengths and twelve rounds;
     `ms` of both, ten per cent up and down and a hundredth more of a first token's for each row of the prompt."""
     config = PeersConfig(model=model, systems=tuple(ms)[1:], arms=("hybrid",), lengths=LENGTHS, new_tokens=48,
                          device="cpu")
@@ -238,10 +238,10 @@ def peers_run(root: Path, name: str, ms: dict[str, tuple[float, float]], *, mode
     cell = dict.fromkeys(schemas.ABLATION.names) | {
         "policy": "", "path": "graph", "reason": "", "captures": 0, "compiles": 0, "profiled": False}
     asked = [(arm, length, metric) for arm in ms for length in LENGTHS for metric in ("ttft", "itl")]
-    for number in range(11):
+    for number in range(12):
         run.append([{**cell, "round": number, "request": number * len(asked) + request, "arm": arm,
                      "prompt_tokens": length, "index": index, "position": length + index, "metric": metric,
-                     "ms": (1 + 0.1 * (-1) ** number)
+                     "ms": (1 + 0.1 * (-1) ** (number + index))
                      * (ms[arm][0] + length / 100 if metric == "ttft" else ms[arm][1])}
                     for request, (arm, length, metric) in enumerate(asked)
                     for index in ([0] if metric == "ttft" else range(1, 48))])
@@ -266,7 +266,7 @@ def test_other_engines_are_judged_by_the_run_that_took_turns_with_them(tmp_path:
     assert entry.here.startswith(f"{1 - 10.1 / 60.1:+.1%} ["), "the length with the largest reduction"
     tail = judged("p99-tensorrt", rows, peers=peers)
     assert (tail.verdict, tail.here.partition(" [")[0]) == (REPRODUCED, f"{1 - 7 / 9:+.1%}")
-    assert tail.here.endswith(f"n = {11 * 4 * 47:,}"), "all gaps, and no first token"
+    assert tail.here.endswith(f"n = {12 * 4 * 47:,}"), "all gaps, and no first token"
     evidence = Evidence(pd.DataFrame(rows).assign(run_id="r1"), "r1", False, "tiny", "", peers)
     mean = judging.peer(evidence, part="cached", system="tensorrt-llm", statistic="mean")
     assert mean.here.startswith("+22.2% [+22.2%, +22.2%]"), "gap by gap: what both met is no difference"
@@ -284,11 +284,11 @@ def test_the_lowest_tail_is_asked_among_other_engines_too(tmp_path: Path) -> Non
     rows = gaps("cached", "hybrid", lambda _: 7.0) + gaps("cached", "eager", lambda _: 20.0)
     slower = ledger.read_peers(peers_run(tmp_path, "a1", ENGINES), "tiny")
     entry = judged("lowest-tail", rows, peers=slower)
-    assert (entry.verdict, entry.here) == (REPRODUCED, "lowest at 9 of 9 lengths")
+    assert (entry.verdict, entry.here) == (REPRODUCED, "lowest at 8 of 8 lengths")
     assert "; hf-generate: 10, 48; tensorrt-llm: 10, 48" in entry.against
     faster = ledger.read_peers(peers_run(tmp_path, "a2", ENGINES | {"vllm": (60.0, 6.0)}), "tiny")
     entry = judged("lowest-tail", rows, peers=faster)
-    assert (entry.verdict, entry.here) == (NOT_REPRODUCED, "lowest at 7 of 9 lengths")
+    assert (entry.verdict, entry.here) == (NOT_REPRODUCED, "lowest at 6 of 8 lengths")
     assert "vllm: 10, 48" in entry.against
     assert judged("lowest-tail", gaps("cached", "hybrid", lambda _: 7.0)).verdict == NOT_TESTABLE, "among nobody"
 

@@ -426,8 +426,8 @@ class Ray(ModuleType):
 def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray asks such an address for ten minutes, with a warning in every few seconds of them; one where something else
     listens it asks once."""
-    ray = Ray()
-    monkeypatch.setitem(sys.modules, "ray", ray)
+    fake = Ray()
+    monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.delenv(cluster.TRIES, raising=False)
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
@@ -436,12 +436,12 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.
             with pytest.raises(SweepError, match=f"there is no Ray cluster at '{address}' .*ray start --head"), \
                     cluster.joined(address):
                 pass
-        assert ray.asked == []
+        assert fake.asked == []
         port.listen()
         for address in (place, "auto"):
             with pytest.raises(SweepError, match="no Ray here"), cluster.joined(address):
                 pass
-    assert ray.asked == [(place, "1"), ("auto", "1")]
+    assert fake.asked == [(place, "1"), ("auto", "1")]
     assert cluster.TRIES not in os.environ
 
 
