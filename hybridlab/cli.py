@@ -237,13 +237,13 @@ def reproduce(
 
 @app.command(epilog=examples("hybridlab check", "hybridlab check --write"))
 def check(
-    write: Annotated[bool, option("Rewrite README tables that differ from their rows.", "--write")] = False,
+    write: Annotated[bool, option("Rewrite tables that differ from their rows.", "--write")] = False,
     root: Annotated[Path | None, option("The checkout; default: the one hybridlab runs from.", "--root")] = None,
     debug: Debug = False,
 ) -> None:
-    """Verify every committed run against its manifest, and every README table against the rows it names.
+    """Verify every committed run against its manifest, and every table of README and RESULTS against its rows.
 
-    A table in README.md stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
+    A table stands between `<!-- table: ablation run=MACHINE/RUN_ID -->` and `<!-- /table -->`; instead
     of ablation also ttft, itl, cache, kernels, steps, trace, system, peers, steadiness, slow, clocks, quantiles and
     generation, and for the paper paper-ttft, paper-p99, paper-ablations, paper-protocol, paper-costs,
     paper-processes and ledger. Exit code 1, with a diff, when anything differs.

@@ -39,6 +39,7 @@ from hybridlab.tracelab import TraceResult
 TABLE = re.compile(r"<!-- table: (?P<kind>[\w-]+) run=(?P<run>[\w.-]+/[\w.-]+) -->\n(?P<body>.*?)<!-- /table -->",
                    re.DOTALL)
 STILL = ("svg", "png")  # a page that opens offline needs five megabytes of plotly.js beside it
+TEXTS = ("README.md", "RESULTS.md")  # whose tables are recomputed
 MARK = re.compile(r"<!-- /?table\b")
 
 
@@ -58,14 +59,13 @@ def committed_runs(runs: Path) -> list[Path]:
 
 
 def check(root: Path, write: bool = False) -> Findings:
-    """Verify the committed runs of the checkout `root` and the tables of its README; `write` rewrites stale tables."""
+    """Verify the committed runs of the checkout `root` and the tables of its `TEXTS`; `write` rewrites stale tables."""
     findings = Findings()
     runs = root / "data" / "runs"
     for path in committed_runs(runs):
         _check_run(path, path.relative_to(runs).as_posix(), findings)
-    readme = root / "README.md"
-    if readme.exists():
-        _check_tables(readme, runs, findings, write)
+    for text in filter(Path.exists, (root / name for name in TEXTS)):
+        _check_tables(text, runs, findings, write)
     return findings
 
 
@@ -158,16 +158,16 @@ def _check_run(path: Path, name: str, findings: Findings) -> None:
         findings.checked.append(f"run {name}: complete, {len(recorded.rows)} rows, sha256 of every file as recorded")
 
 
-def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> None:
-    text = readme.read_text(encoding="utf-8")
+def _check_tables(place: Path, runs: Path, findings: Findings, write: bool) -> None:
+    text = place.read_text(encoding="utf-8")
     tables = list(TABLE.finditer(text))
     if len(MARK.findall(text)) != 2 * len(tables):
-        findings.wrong.append(f"{readme.name}: a table marker is malformed or not closed; "
+        findings.wrong.append(f"{place.name}: a table marker is malformed or not closed; "
                               "write <!-- table: KIND run=MACHINE/RUN_ID --> and <!-- /table --> on lines of their own")
         return
     fresh = text
     for match in reversed(tables):
-        name = f"{readme.name}: table {match['kind']} of {match['run']}"
+        name = f"{place.name}: table {match['kind']} of {match['run']}"
         try:
             body = _recompute(match["kind"], match["run"], runs)
         except HybridlabError as error:
@@ -181,7 +181,7 @@ def _check_tables(readme: Path, runs: Path, findings: Findings, write: bool) -> 
         else:
             findings.wrong.append(f"{name} differs from its rows:\n{_diff(match['body'], body)}")
     if fresh != text:
-        atomic_write(readme, fresh)
+        atomic_write(place, fresh)
 
 
 def _recompute(kind: str, run: str, runs: Path) -> str:

@@ -128,7 +128,7 @@ def published(run_path: Path, checkout: Path) -> str:
     files = committed.redraw(checkout)
     name = f"{target.parent.name}/{target.name}"
     return (f"published {target.relative_to(checkout)}, redrew {len(files)} files under figures/\n"
-            f"next: name run={name} in README's table markers, then hybridlab check --write")
+            f"next: name run={name} in a table marker of RESULTS.md, then hybridlab check --write")
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def gaps(page: Any) -> str:
 
 @pytest.fixture(scope="module")
 def notebook(lab: Lab, browser: Any) -> Iterator[Any]:
-    """Notebook 00 after Run All, with its own defaults."""
+    """Notebook 00 after Run All, with its own defaults but fewer warm-up rounds."""
     page = browser.new_page(viewport={"width": 1400, "height": 5200})
     page.broken = []
     page.on("pageerror", lambda error: page.broken.append(str(error)))

@@ -301,7 +301,8 @@ def test_an_interrupt_leaves_a_verdict_and_no_kernel(tmp_path: Path) -> None:
                          ids=lambda path: path.stem)
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
-    small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "budget_s": 5.0, "device": "cpu"}
+    small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "warmup": 1, "budget_s": 5.0,
+             "device": "cpu"}
     done = notebooks.run(path, small, root=tmp_path / "runs", progress=False)
     recorded = records.read(done.run_path)
     assert recorded.status == "complete"

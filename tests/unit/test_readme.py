@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 from hybridlab import cachelab, cli, committed, notebooks, parameters, records
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("README.md", "CONTRIBUTING.md")
+FILES = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(hybridlab [^`]*)`")
 Change = tuple[str, str]  # what is replaced, and by what; "" is the end of the line
 
-RUN = "cpu-xeon/20261123-204110-0793"  # committed, and README shows its table
+RUN = "cpu-xeon/20261123-204110-0793"  # committed, and RESULTS shows its table
 NOTEBOOK = "tests/notebooks executes every notebook; here its parameters are checked"
 CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab partition random:llama-2-7b --policy piecewise": (),
@@ -46,7 +46,7 @@ CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab tune random:llama-2-7b --check --gpu nvidia-h200": (),
     "hybridlab system --part overhead --part memory": (
         ("--part overhead ", ""), ("", "--arm graph --length 8")),  # overhead: tests/unit/test_systemlab.py
-    "hybridlab check": (("", "--root checkout"),),          # one committed run and its table, of the same README
+    "hybridlab check": (("", "--root checkout"),),          # one committed run and its table
     "hybridlab check --write": (("", "--root checkout"),),
     "hybridlab bench tiny --repeats 20": (
         ("tiny", "random:tiny-llama-2"), ("20", "2"), ("", "--length 8 --variant torch")),  # kernels: test_opbench
@@ -118,9 +118,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cachelab.roofline, "measure", lambda device, dtype, working_set: {
         "read_gbs": 10.0, "copy_gbs": 10.0, "matmul_tflops": 0.1})
     shutil.copytree(ROOT / "data" / "runs" / RUN, tmp_path / "checkout" / "data" / "runs" / RUN)
-    (table,) = (found[0] for found in committed.TABLE.finditer((ROOT / "README.md").read_text(encoding="utf-8"))
+    (table,) = (found[0] for found in committed.TABLE.finditer((ROOT / "RESULTS.md").read_text(encoding="utf-8"))
                 if (found["kind"], found["run"]) == ("ablation", RUN))
-    (tmp_path / "checkout" / "README.md").write_text(table + "\n", encoding="utf-8")
+    (tmp_path / "checkout" / "RESULTS.md").write_text(table + "\n", encoding="utf-8")
     with closing(sqlite3.connect(tmp_path / "report.sqlite")) as db:
         db.executescript("""
             CREATE TABLE StringIds (id INTEGER, value TEXT);

@@ -20,7 +20,7 @@ from hybridlab.session import Session, checked
 from tests.helpers import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"model": "tiny", "device": "cpu", "arms": ["eager", "hybrid"], "repeats": 3, "new_tokens": 8}
+SETTINGS = {"model": "tiny", "device": "cpu", "arms": ["eager", "graph"], "repeats": 3, "new_tokens": 8}
 ROW = '["row", "eager", 0, 0, {index}, 9, 5, 1.5, "eager", "because"]'
 SAYS = "import sys\nsys.stdin.readline()\n"
 FOREVER = """
@@ -54,7 +54,7 @@ def test_every_token_arrives_with_its_path_and_reason(ran: Session) -> None:
     """A page that shows tokens of which it does not know what made them."""
     rows = ran.rows
     assert len(rows) == ran.total == 2 * 3 * 8
-    assert {(row.arm, row.path) for row in rows if row.index} == {("eager", "eager"), ("hybrid", "graph")}
+    assert {(row.arm, row.path) for row in rows if row.index} == {("eager", "eager"), ("graph", "graph")}
     assert all(row.reason for row in rows)
     assert [row.index for row in rows] == list(range(8)) * 6
     assert {row.position - row.index for row in rows} == {12}
@@ -64,8 +64,8 @@ def test_every_token_arrives_with_its_path_and_reason(ran: Session) -> None:
 
 def test_the_arms_draw_the_same_tokens_and_their_text_is_known(ran: Session) -> None:
     """Text that is decoded between two tokens would be timed with them, or not be there while a request is answered."""
-    by_arm = {arm: [row.id for row in ran.rows if row.arm == arm][:8] for arm in ("eager", "hybrid")}
-    assert by_arm["eager"] == by_arm["hybrid"]
+    by_arm = {arm: [row.id for row in ran.rows if row.arm == arm][:8] for arm in ("eager", "graph")}
+    assert by_arm["eager"] == by_arm["graph"]
     tokenizer = models.load("tiny").tokenizer
     assert "".join(ran.text(row) or "" for row in ran.rows[:8]) == tokenizer.decode(by_arm["eager"])
 
