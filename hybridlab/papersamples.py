@@ -28,7 +28,7 @@ def samples(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, int, pd.DataFr
     """Arm, tokens and the rows of each cell of a part, values in ms: first tokens by prompt length; gaps by generation
     length, asked for or the paper's, those of its first tokens, whichever request of at least that length they are of.
     """
-    own = rows[(rows["part"] == part) & rows["metric"].isin(TIMED)]
+    own = stats.unprofiled(rows)[(rows["part"] == part) & rows["metric"].isin(TIMED)]
     gaps = bool((own["metric"] == "gap").any())
     for arm in own["arm"].drop_duplicates():
         mine = own[own["arm"] == arm]

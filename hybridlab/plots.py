@@ -69,15 +69,16 @@ def itl_by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | Non
     beyond = int((own["ms"] > top).sum())
     figure = frame("Gap between two tokens by position in the sequence", caption,
                      f"dots: single gaps{f' ({beyond} above {top:.3g} ms are not shown)' if beyond else ''}; lines: "
-                     f"medians over {TOGETHER} positions of one prompt length, bars: 95 % intervals")
+                     f"medians over {TOGETHER} positions of one prompt length, bars: 95 % intervals where requests "
+                     "allow them")
     for arm in _arms(own):
         mine = own[own["arm"] == arm]
         kept = mine.iloc[_spread(len(mine), POINTS)]
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
                            marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm), hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
-        bins = sorted(((float(part["position"].median()), found) for part in groups
-                       if (found := stats.of(part, 0.5)) is not None), key=lambda found: found[0])
+        bins = sorted(((float(part["position"].median()), stats.median(part)) for part in groups
+                       if len(part) >= MEDIAN_NEEDS), key=lambda found: found[0])
         _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
     figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")
     figure.update_yaxes(title_text="gap between two tokens (ms)", range=[0, top])
@@ -237,15 +238,15 @@ def _dot(figure: go.Figure, place: float, three: tuple[float, float, float], arm
 
 
 def _line(figure: go.Figure, arm: str, x: list[Any], estimates: list[stats.Estimate], where: str) -> None:
+    values, lows, highs = ([getattr(at, end) for at in estimates] for end in ("value", "low", "high"))
+    colour = looks.colour(arm)
     figure.add_scatter(
-        x=x, y=[estimate.value for estimate in estimates], mode="lines+markers",
-        line={"color": looks.colour(arm), "width": 2, "dash": looks.dash(arm)},
-        marker={"color": looks.colour(arm), "symbol": looks.symbol(arm), "size": 7}, **looks.legend(arm),
-        error_y=bars([estimate.value for estimate in estimates], [estimate.low for estimate in estimates],
-                      [estimate.high for estimate in estimates], looks.colour(arm)),
-        customdata=[[estimate.low, estimate.high, estimate.n] for estimate in estimates],
-        hovertemplate=f"{arm}, {where}: %{{y:.3f}} ms [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}], "
-                      "n = %{customdata[2]}<extra></extra>")
+        x=x, y=values, mode="lines+markers", line={"color": colour, "width": 2, "dash": looks.dash(arm)},
+        marker={"color": colour, "symbol": looks.symbol(arm), "size": 7}, **looks.legend(arm),
+        error_y=bars(values, lows, highs, colour),
+        customdata=[[f"[{at.low:.3f}, {at.high:.3f}]" if at.low <= at.high else "(no interval)", at.n]
+                    for at in estimates],
+        hovertemplate=f"{arm}, {where}: %{{y:.3f}} ms %{{customdata[0]}}, n = %{{customdata[1]}}<extra></extra>")
 
 
 def _mark(figure: go.Figure, arm: str, estimate: stats.Estimate, q: float) -> None:

@@ -86,6 +86,12 @@ def of(rows: pd.DataFrame, q: float, column: str = "ms") -> Estimate | None:
         return None
 
 
+def median(rows: pd.DataFrame, column: str = "ms") -> Estimate:
+    """The median of a column of rows, `of` with an interval that is NaN where it has none."""
+    bare = Estimate(float(rows[column].median()), math.nan, math.nan, len(rows))
+    return of(rows, 0.5, column) or bare
+
+
 def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: int = 0, *, paired: bool = False,
           groups: Groups | None = None, base_groups: Groups | None = None) -> Estimate:
     """median(base) / median(sample): how many times faster than `base` the sample is, with a bootstrap interval.

@@ -36,17 +36,15 @@ def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         if row.policy:
             own = own[own["policy"] == row.policy]
         found.append({"arm": row.arm, "policy": row.policy or None, "launches": row.launches,
-                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(own)})
+                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(stats.median(own))})
     table = pd.DataFrame(found).reindex(columns=COLUMNS)
     table["error"] = stats.error(table["predicted_ms"], table["measured_ms"])
     table["of_limit"] = table["limit_ms"] / table["measured_ms"]
     return table
 
 
-def _median(own: pd.DataFrame) -> dict[str, Any]:
-    found = stats.of(own, 0.5)
-    ends = {} if found is None else {"low": found.low, "high": found.high}
-    return {"measured_ms": float(own["ms"].median()), "n": len(own), **ends}
+def _median(found: stats.Estimate) -> dict[str, Any]:
+    return {"measured_ms": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
 def reading(table: pd.DataFrame) -> str:
