@@ -72,14 +72,14 @@ def covered(shared, runs=RUNS, n=40, own=0.1):
 
 def test_the_paired_ratio_covers_where_arms_vary_on_their_own(monkeypatch):
     """The percentile bootstrap is an approximation; were it too short, a ratio of 1 would be called a speed-up."""
-    monkeypatch.setattr(stats, "RESAMPLES", 399)
+    monkeypatch.setattr(stats, "RESAMPLES", 199)
     assert 0.93 <= covered(shared=0.03) <= 0.97
 
 
 def test_the_paired_ratio_errs_on_the_safe_side_where_arms_share_their_spread(monkeypatch):
     """What both arms share makes the ratio of their medians lumpy, and the bootstrap then covers more than 95 %:
     0.99 and more for 40 rounds whose shared spread is three times the own. Safe, but it must not turn around."""
-    monkeypatch.setattr(stats, "RESAMPLES", 399)
+    monkeypatch.setattr(stats, "RESAMPLES", 199)
     assert covered(shared=0.3) >= 0.97
 
 
