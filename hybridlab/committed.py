@@ -139,7 +139,7 @@ def _draw_trace(result: TraceResult, folder: Path) -> Iterator[Path]:
 
 def draw_paper(result: PaperResult, folder: Path, formats: Sequence[str] = plots.FORMATS) -> Iterator[Path]:
     """Write every figure that a reproduction of the paper has rows for into `folder`; yields each file."""
-    for name, figure in paperviews.drawn(result.rows, result.caption).items():
+    for name, figure in paperviews.drawn(result.rows, result.caption, result.floors).items():
         yield from plots.write(figure, folder / f"paper_{name}", formats)
 
 

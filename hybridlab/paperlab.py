@@ -8,11 +8,22 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import experiment, judging, ledger, models, names, papercosts, papersamples, papertables, stats
+from hybridlab import (
+    experiment,
+    judging,
+    ledger,
+    models,
+    names,
+    papercosts,
+    papersamples,
+    papertables,
+    roofline,
+    stats,
+)
 from hybridlab.config import as_dict, build
 from hybridlab.errors import ConfigError
 from hybridlab.paperconfig import PaperConfig
-from hybridlab.papertimes import Arms, Row
+from hybridlab.papertimes import START, Arms, Row
 from hybridlab.progress import reporter
 from hybridlab.report import Grid
 from hybridlab.telemetry import Telemetry
@@ -49,11 +60,17 @@ class PaperResult(experiment.Shown):
             rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
             gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""), peers=peers)
 
+    @property
+    def floors(self) -> pd.DataFrame | None:
+        """The least time of first tokens and gaps on this machine, see `roofline.of_run`; None for older runs."""
+        return roofline.floors(self.recorded.extra)
+
     def grid(self, name: str) -> Grid:
         """A table of `papertables.GRIDS`, or the ledger."""
         if name == LEDGER:
             return ledger.grid(self.ledger(), self.caption)
-        return papertables.GRIDS[name](self.rows, self.caption)
+        floors = [self.floors] if name in papertables.LIMITED else []
+        return papertables.GRIDS[name](self.rows, self.caption, *floors)
 
     def grids(self) -> Iterator[Grid]:
         """Every table that the run has rows for, the ledger last."""
@@ -104,11 +121,14 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
         on_cpu = model.device.type == "cpu"
         with experiment.threads(config.threads, on_cpu), experiment.recording(config, root) as target, \
                 Telemetry.of(model.device) as clocks:
+            report("measuring the machine's limits", 0, 1)
+            rates = roofline.measure(model.device, model.dtype, roofline.work(model, context=1).bytes)
+            floors = roofline.of_run(model, sorted({START, *arms.lengths}), max(arms.generations, default=1), rates)
             target.append(arms.clipped)
             for rows in _parts(arms):
                 target.append(rows)
                 clocks.sample()
-            target.finish("complete", extra={"during": clocks.summary()})
+            target.finish("complete", extra={"during": clocks.summary(), "roofline": floors})
             report("; ".join([f"run {target.path.name}: complete",  # what stays in a notebook
                               *(f"{part}: {words}" for part, words in arms.ended.items())]), 1, 1)
     return PaperResult.open(target.path)

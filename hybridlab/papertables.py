@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hybridlab import published, stats, tallies
+from hybridlab import limits, published, stats, tallies
 from hybridlab.errors import StatisticsError
 from hybridlab.firstcalls import FIRST
 from hybridlab.judging import KEYS
 from hybridlab.papersamples import by_length, generations
-from hybridlab.report import NONE, Grid, number
+from hybridlab.report import LIMIT, NONE, Grid, number
 from hybridlab.stats import Estimate
 
 PARTS = {"cached": "KV cache", "recomputed": "whole sequence"}
@@ -30,32 +30,50 @@ ABLATIONS = (  # what is left out, part, ablated, base, and the published cell
 )
 
 
-def ttft(rows: pd.DataFrame, caption: str) -> Grid:
-    """Table I: one line a prompt length, one column an arm: the median, its interval, and how graphs served it."""
+def ttft(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
+    """Table I: one line a prompt length, one column an arm: the median, its interval, and how graphs served it; with
+    floors the limit."""
     own = rows[(rows["part"] == "ttft") & (rows["metric"] == "ttft")]
     cells = {(arm, tokens): found for arm, tokens, found in by_length(rows, "ttft", "median")}
     states = own.groupby(["arm", "tokens"])["state"].agg(lambda found: ", ".join(sorted(set(found) - {"none"})))
     arms = list(own["arm"].drop_duplicates())
-    lines = [[str(tokens), *(f"{_three(cells.get((arm, tokens)))}{_aside(states.get((arm, tokens), ''))}"
-                             for arm in _order(arms))] for tokens in sorted(set(own["tokens"]))]
-    return Grid(f"TTFT by prompt length · {caption}", ["prompt tokens", *(f"{arm}, ms" for arm in _order(arms))], lines,
+    first = pd.DataFrame({"metric": "ttft", "prompt_tokens": sorted(set(own["tokens"]))})
+    limit, column = _limits(first, floors)
+    lines = [[str(tokens), *limit[place:place + len(column)],
+              *(f"{_three(cells.get((arm, tokens)))}{_aside(states.get((arm, tokens), ''))}" for arm in _order(arms))]
+             for place, tokens in enumerate(first["prompt_tokens"])]
+    header = ["prompt tokens", *column, *(f"{arm}, ms" for arm in _order(arms))]
+    return Grid(f"TTFT by prompt length · {caption}", header, lines,
                 f"Medians of warm, interleaved requests with 95 % intervals, n = {_least(own)} or more a cell; hit: a "
-                "graph of just this length, bucket: padded to one, miss: no graph.")
+                "graph of just this length, bucket: padded to one, miss: no graph."
+                + f" {LIMIT.partition(';')[0]}." * len(column))
 
 
-def p99(rows: pd.DataFrame, caption: str) -> Grid:
-    """Table II: one line a generation length, a column an arm, with a KV cache and with the whole sequence recomputed.
-    """
+def _limits(wanted: pd.DataFrame, floors: pd.DataFrame | None) -> tuple[list[str], list[str]]:
+    """The floor of each row as a cell, and the name of their column; both empty without floors."""
+    if floors is None:
+        return [], []
+    return [NONE if pd.isna(ms) else number(ms) for ms in limits.of_rows(wanted, floors)], ["limit, ms"]
+
+
+def p99(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> Grid:
+    """Table II: one line a generation length, a column an arm, with a KV cache and with the whole sequence recomputed;
+    with floors the limit of the last gap with a KV cache."""
     columns = {(part, arm): f"{arm}, {name}, ms" for part, name in PARTS.items() for arm in _order(list(
         rows.loc[(rows["part"] == part) & (rows["metric"] == "gap"), "arm"].drop_duplicates()))}
     cells = {(part, arm, tokens): found for part in PARTS for arm, tokens, found in by_length(rows, part, "p99")}
     own = rows[rows["part"].isin(list(PARTS)) & (rows["metric"] == "gap")]
-    lines = [[str(tokens), *(_three(cells.get((part, arm, tokens))) for part, arm in columns)]
-             for tokens in (generations(own) if len(own) else [])]
-    return Grid(f"P99 per token by generation length · {caption}", ["new tokens", *columns.values()], lines,
+    new = generations(own) if len(own) else []
+    begin = int((own["position"] - own["index"]).max()) if len(own) else 0
+    last = pd.DataFrame({"metric": "itl", "prompt_tokens": begin, "position": [begin + tokens - 1 for tokens in new]})
+    limit, column = _limits(last, floors)
+    lines = [[str(tokens), *limit[place:place + len(column)],
+              *(_three(cells.get((part, arm, tokens))) for part, arm in columns)] for place, tokens in enumerate(new)]
+    return Grid(f"P99 per token by generation length · {caption}", ["new tokens", *column, *columns.values()], lines,
                 f"From a prompt of 10 tokens; P99 of the gaps of the first so many new tokens, where there are "
                 f"{stats.needed(0.99)} or more and requests agree, with 95 % intervals over requests; whole sequence: "
-                "computed again for every token.")
+                "computed again for every token."
+                + f" {LIMIT.partition(';')[0]}; of the last token, with a KV cache." * len(column))
 
 
 def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFrame:
@@ -174,9 +192,10 @@ def published_grid(name: str) -> Grid:
                 f"Sources {', '.join(sources)}, cell by cell in data/paper/{name}.csv; empty cells are unknown.")
 
 
-GRIDS: dict[str, Callable[[pd.DataFrame, str], Grid]] = {
+GRIDS: dict[str, Callable[..., Grid]] = {
     "paper-ttft": ttft, "paper-p99": p99, "paper-ablations": ablations, "paper-protocol": protocol,
     "paper-costs": costs, "paper-processes": processes}
+LIMITED = ("paper-ttft", "paper-p99")  # tables of latencies that have a limit
 NEEDS = {"paper-ttft": ("ttft",), "paper-p99": tuple(PARTS), "paper-ablations": ("capture", "cached"),
          "paper-protocol": ("protocol",), "paper-costs": ("cost", "memory"), "paper-processes": ("ipc",)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybridlab import looks, panels, papertables, plots, published, stats
+from hybridlab import limits, looks, panels, papertables, plots, published, stats
 from hybridlab.papersamples import NOT_MEASURED, TIMED, by_length, few, needs
 from hybridlab.stats import Estimate
 
@@ -20,11 +20,13 @@ UNPUBLISHED = "nothing published"
 INK, HEIGHT = "#7A3E9D", 330                                                               # px
 
 
-def table1(rows: pd.DataFrame, caption: str) -> go.Figure:
-    """Table I as curves: measured TTFT by prompt length, and the published points beside them."""
+def table1(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
+    """Table I as curves: measured TTFT by prompt length, with floors the limit, and the published points beside them.
+    """
     figure = _frame("Table I: time to first token by prompt length", caption, [[0, 0.62], [0.72, 1]],
                     ["Left: measured in this run, medians with 95 % intervals."])
     _lines(figure, by_length(rows, "ttft", "median"), 1)
+    limits.by_length(figure, floors)
     _points(figure, "table1", 2)
     _titles(figure, ["measured here: TTFT, median (ms)", "published: TTFT (ms)"], "prompt tokens")
     return _done(figure, [few(rows, "ttft", "median"), UNPUBLISHED])
@@ -44,14 +46,16 @@ def table2(rows: pd.DataFrame, caption: str) -> go.Figure:
     return _done(figure, [*(few(rows, part, "p99") for part in papertables.PARTS), UNPUBLISHED])
 
 
-def by_position(rows: pd.DataFrame, caption: str) -> go.Figure:
-    """Gaps by position: with a KV cache, and with the whole sequence computed again for every token."""
+def by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> go.Figure:
+    """Gaps by position: with a KV cache, with floors beside the limit, and with the whole sequence computed again for
+    every token."""
     figure = _frame("Gap between two tokens by position", caption, [[0, 0.44], [0.56, 1]],
                     ["Medians over 32 positions in a row with 95 % intervals."])
     for number, part in enumerate(papertables.PARTS, 1):
         table = papertables.by_position(rows, part)
         _lines(figure, [(one.arm, one.position, Estimate(one.p50, one.p50_low, one.p50_high, one.n))
                         for one in table.itertuples()], number)
+    limits.by_position(figure, floors)
     _titles(figure, ["KV cache: median (ms)", "whole sequence: median (ms)"], "position of the token")
     return _done(figure, [needs(_most(rows[rows["part"] == part]), "median") for part in papertables.PARTS])
 
@@ -95,16 +99,18 @@ def protocol(rows: pd.DataFrame, caption: str) -> go.Figure:
     return _done(figure, [NOT_MEASURED, few(rows[rows["arm"].isin(arms)], "ttft", "median")])
 
 
-FIGURES: dict[str, tuple[tuple[str, ...], Callable[[pd.DataFrame, str], go.Figure]]] = {  # name: (parts, how)
+LIMITED = ("table1", "by_position")  # figures of latencies that have a limit
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., go.Figure]]] = {  # name: (parts, how)
     "table1": (("ttft",), table1), "table2": (("cached", "recomputed"), table2),
     "by_position": (("cached", "recomputed"), by_position), "ablations": (("capture", "cached"), ablations),
     "protocol": (("protocol", "ttft"), protocol)}
 
 
-def drawn(rows: pd.DataFrame, caption: str) -> dict[str, go.Figure]:
+def drawn(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) -> dict[str, go.Figure]:
     """Every figure whose parts the rows hold, by its name."""
     there = set(rows["part"])
-    return {name: figure(rows, caption) for name, (parts, figure) in FIGURES.items() if there >= set(parts)}
+    return {name: figure(rows, caption, *([floors] if name in LIMITED else []))
+            for name, (parts, figure) in FIGURES.items() if there >= set(parts)}
 
 
 def _frame(title: str, caption: str, domains: Sequence[list[float]], notes: Sequence[str], left: int = 75) -> go.Figure:

@@ -19,6 +19,7 @@ from hybridlab import (
     paperlab,
     papertables,
     papertimes,
+    paperviews,
     progress,
     records,
     stats,
@@ -113,6 +114,24 @@ def test_a_run_is_read_back_into_the_same_tables(result: paperlab.PaperResult) -
     assert "no GPU" not in again.caption
     with pytest.raises(RunError, match=r"hl\.paperlab\.PaperResult"):
         experiment.Result.open(result.path)
+
+
+def test_the_limit_stands_beside_first_tokens_and_gaps(result: paperlab.PaperResult) -> None:
+    """A time of which nobody can say how far from possible it is; or a limit above what was measured."""
+    for name in papertables.LIMITED:
+        grid = result.grid(name)
+        assert grid.header[1] == "limit, ms"
+        assert all(float(row[1]) > 0 for row in grid.rows)
+        assert "Limit: the least time" in grid.note
+    floors = result.floors
+    assert floors is not None
+    first = result.rows[(result.rows["part"] == "ttft") & (result.rows["metric"] == "ttft")]
+    limit = floors[(floors["metric"] == "ttft") & floors["position"].isna()].set_index("prompt_tokens")["ms"]
+    assert (first["value"] > first["tokens"].map(limit).astype(float)).all()
+    drawn = paperviews.drawn(result.rows, result.caption, floors)
+    for name in set(paperviews.LIMITED) & set(drawn):
+        assert any("limit" in (trace.name or "") for trace in drawn[name].data), name
+        assert not any("limit" in (trace.name or "") for trace in paperviews.drawn(result.rows, "")[name].data)
 
 
 def test_captures_are_compared_over_one_stream(tmp_path: Path) -> None:
