@@ -115,7 +115,7 @@ def shown(run_path: Path, folder: Path, console: Console) -> str:
     """Print the ablation's tables and draw its figures into `folder`; where both are, in words."""
     result = Result.open(run_path)
     grids = [*(grid(result) for grid in report.GRIDS.values()),
-             *(soundness.GRIDS[name](result.rows, result.caption) for name in ("steadiness", "slow"))]
+             *(soundness.GRIDS[name](result.rows, result.caption, result.floors) for name in ("steadiness", "slow"))]
     terminal.results([grid.rich() for grid in grids], result.reading())
     with console.status("drawing figures"):
         files = list(report.draw(result, folder))
