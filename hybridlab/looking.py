@@ -25,7 +25,8 @@ def compare(explorer: Explorer) -> pd.DataFrame:
 
     `ratio` is the median of the held rounds over that of the followed ones, both of medians of whole rounds, resampled
     pair by pair, with its 95 % interval: 1 where looking on makes no difference. Load from elsewhere lasts longer than
-    a gap, so that rounds are what repeats. Raises `MeasureError` where the run failed.
+    a gap, so that rounds are what repeats; with as many busy processes as cores the ratio speaks of the scheduler.
+    Raises `MeasureError` where the run failed.
     """
     return table(*watched(explorer))
 
