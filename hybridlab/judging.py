@@ -90,7 +90,8 @@ def lowest(evidence: Evidence, *, part: str, arm: str) -> Finding:
     disjoint intervals, at any length with enough gaps."""
     lost, among = set[int](), dict[str, list[int]]()
     for rows in (evidence.rows, evidence.peers):
-        lines = [] if rows is None else by_length(rows, part, "p99")
+        every = [] if rows is None else by_length(rows, part, "p99")
+        lines = [line for line in every if line[2].low <= line[2].high]
         own = {tokens: found for name, tokens, found in lines if name == arm}
         for name, tokens, found in lines:
             if tokens in own and not name.startswith(arm):

@@ -19,9 +19,10 @@ Q = {"median": 0.5, "p99": 0.99}
 
 
 def by_length(rows: pd.DataFrame, part: str, statistic: str) -> list[tuple[str, int, Estimate]]:
-    """Arm, tokens and the median or p99 of each of the `samples` of a part that has enough values."""
-    return [(arm, tokens, found) for arm, tokens, cell in samples(rows, part)
-            if (found := stats.of(cell, Q[statistic], "value")) is not None]
+    """Arm, tokens and the median or p99 of each of the `samples` of a part that has enough values; its ends are NaN
+    where requests are too few, or differ too much, for an interval."""
+    return [(arm, tokens, stats.at(cell, Q[statistic], "value")) for arm, tokens, cell in samples(rows, part)
+            if len(cell) >= stats.needed(Q[statistic])]
 
 
 def samples(rows: pd.DataFrame, part: str) -> Iterator[tuple[str, int, pd.DataFrame]]:
@@ -64,8 +65,6 @@ def few(rows: pd.DataFrame, part: str, statistic: str) -> str:
 def needs(n: int, statistic: str, of: str = "") -> str:
     """Why `n` values have no interval of a statistic."""
     least = stats.needed(0.99 if statistic == "p99" else 0.5)
-    if n >= least:
-        return f"n = {n:,}{of}, of requests that are too few or differ too much for a {statistic}"
     return f"n = {n:,}{of}; a {statistic} needs {least}" if n else NOT_MEASURED
 
 

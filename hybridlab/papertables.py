@@ -71,8 +71,8 @@ def p99(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None) ->
               *(_three(cells.get((part, arm, tokens))) for part, arm in columns)] for place, tokens in enumerate(new)]
     return Grid(f"P99 per token by generation length · {caption}", ["new tokens", *column, *columns.values()], lines,
                 f"From a prompt of 10 tokens; P99 of the gaps of the first so many new tokens, where there are "
-                f"{stats.needed(0.99)} or more and requests agree, with 95 % intervals over requests; whole sequence: "
-                "computed again for every token."
+                f"{stats.needed(0.99)} or more, with 95 % intervals over requests where these are enough and agree; "
+                "whole sequence: computed again for every token."
                 + f" {LIMIT.partition(';')[0]}; of the last token, with a KV cache." * len(column))
 
 
@@ -82,11 +82,11 @@ def by_position(rows: pd.DataFrame, part: str, together: int = 32) -> pd.DataFra
     own = stats.unprofiled(rows)[(rows["part"] == part) & (rows["metric"] == "gap")]
     lines = []
     for (arm, place), cell in own.groupby(["arm", (own["index"] - 1) // together], sort=False):
-        middle, tail = stats.of(cell, 0.5, "value"), stats.of(cell, 0.99, "value")
-        if middle is not None:
+        if len(cell) >= stats.needed(0.5):
+            middle, tail = stats.at(cell, 0.5, "value"), stats.at(cell, 0.99, "value")
             lines.append({"arm": arm, "position": float(cell["position"].median()), "n": len(cell), "p50": middle.value,
-                          "p50_low": middle.low, "p50_high": middle.high, "p99": tail.value if tail else float("nan"),
-                          "place": place})
+                          "p50_low": middle.low, "p50_high": middle.high, "place": place,
+                          "p99": tail.value if len(cell) >= stats.needed(0.99) else float("nan")})
     table = pd.DataFrame(lines, columns=["arm", "position", "n", "p50", "p50_low", "p50_high", "p99", "place"])
     return table.sort_values(["arm", "place"]).drop(columns="place").reset_index(drop=True)
 
@@ -213,7 +213,10 @@ def _order(arms: list[str]) -> list[str]:
 
 
 def _three(found: Estimate | None) -> str:
-    return NONE if found is None else f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+    if found is None:
+        return NONE
+    ends = f"[{number(found.low)}, {number(found.high)}]" if found.low <= found.high else "(no interval)"
+    return f"{number(found.value)} {ends}"
 
 
 def _with_unit(own: pd.DataFrame) -> str:

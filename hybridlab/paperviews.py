@@ -35,8 +35,8 @@ def table1(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = None)
 def table2(rows: pd.DataFrame, caption: str) -> go.Figure:
     """Table II as curves: measured P99 per token by generation length, with a KV cache, with the whole sequence
     recomputed, and the published points beside them."""
-    note = (f"Left and middle: of this run, P99 of the gaps of so many first tokens where n ≥ {stats.needed(0.99)}, "
-            "95 % intervals.")
+    note = (f"Left and middle: of this run, P99 of the gaps of so many first tokens where n ≥ {stats.needed(0.99)}; "
+            "bars: 95 % intervals where requests allow them.")
     figure = _frame("Table II: P99 per token by generation length", caption, [[0, 0.27], [0.365, 0.635], [0.73, 1]],
                     [note])
     for number, part in enumerate(papertables.PARTS, 1):
@@ -50,12 +50,13 @@ def by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | None = 
     """Gaps by position: with a KV cache, with floors beside the limit, and with the whole sequence computed again for
     every token."""
     figure = _frame("Gap between two tokens by position", caption, [[0, 0.44], [0.56, 1]],
-                    ["Medians over 32 positions in a row with 95 % intervals."])
+                    ["Medians over 32 positions in a row; bars: 95 % intervals where requests allow them."])
     for number, part in enumerate(papertables.PARTS, 1):
         table = papertables.by_position(rows, part)
         _lines(figure, [(one.arm, one.position, Estimate(one.p50, one.p50_low, one.p50_high, one.n))
                         for one in table.itertuples()], number)
-    limits.by_position(figure, floors)
+    if floors is not None:
+        limits.by_position(figure, floors[floors["position"].isna() | (floors["position"] <= rows["position"].max())])
     _titles(figure, ["KV cache: median (ms)", "whole sequence: median (ms)"], "position of the token")
     return _done(figure, [needs(_most(rows[rows["part"] == part]), "median") for part in papertables.PARTS])
 
@@ -131,9 +132,9 @@ def _lines(figure: go.Figure, cells: Sequence[tuple[str, Any, Estimate]], number
             line={"color": looks.colour(arm), "width": 2, "dash": looks.dash(arm)},
             marker={"color": looks.colour(arm), "symbol": looks.symbol(arm), "size": 7},
             error_y=plots.bars(values, lows, highs, looks.colour(arm)),
-            customdata=[[low, high] for low, high in zip(lows, highs, strict=True)],
-            hovertemplate=f"{arm}, %{{x}} tokens: %{{y:.3g}} ms [%{{customdata[0]:.3g}}, %{{customdata[1]:.3g}}]"
-                          "<extra></extra>")
+            customdata=[f"[{low:.3g}, {high:.3g}]" if low <= high else "(no interval)"
+                        for low, high in zip(lows, highs, strict=True)],
+            hovertemplate=f"{arm}, %{{x}} tokens: %{{y:.3g}} ms %{{customdata}}<extra></extra>")
 
 
 def _points(figure: go.Figure, table: str, number: int) -> None:

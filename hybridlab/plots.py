@@ -77,7 +77,7 @@ def itl_by_position(rows: pd.DataFrame, caption: str, floors: pd.DataFrame | Non
         figure.add_scatter(x=kept["position"].tolist(), y=kept["ms"].tolist(), mode="markers", opacity=0.18,
                            marker={"color": looks.colour(arm), "size": 4}, **looks.unlisted(arm), hoverinfo="skip")
         groups = [part for _, part in mine.groupby([mine["prompt_tokens"], (mine["index"] - 1) // TOGETHER])]
-        bins = sorted(((float(part["position"].median()), stats.median(part)) for part in groups
+        bins = sorted(((float(part["position"].median()), stats.at(part, 0.5)) for part in groups
                        if len(part) >= MEDIAN_NEEDS), key=lambda found: found[0])
         _line(figure, arm, [x for x, _ in bins], [estimate for _, estimate in bins], "position %{x:.0f}")
     figure.update_xaxes(title_text="position of the token (tokens from the start of the prompt)")

@@ -86,10 +86,9 @@ def of(rows: pd.DataFrame, q: float, column: str = "ms") -> Estimate | None:
         return None
 
 
-def median(rows: pd.DataFrame, column: str = "ms") -> Estimate:
-    """The median of a column of rows, `of` with an interval that is NaN where it has none."""
-    bare = Estimate(float(rows[column].median()), math.nan, math.nan, len(rows))
-    return of(rows, 0.5, column) or bare
+def at(rows: pd.DataFrame, q: float, column: str = "ms") -> Estimate:
+    """`of`, with ends that are NaN where there is no interval."""
+    return of(rows, q, column) or Estimate(float(rows[column].quantile(q)), math.nan, math.nan, len(rows))
 
 
 def ratio(sample: ArrayLike, base: ArrayLike, confidence: float = 0.95, seed: int = 0, *, paired: bool = False,

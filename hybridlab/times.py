@@ -36,7 +36,7 @@ def side_by_side(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         if row.policy:
             own = own[own["policy"] == row.policy]
         found.append({"arm": row.arm, "policy": row.policy or None, "launches": row.launches,
-                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(stats.median(own))})
+                      "predicted_ms": row.predicted_ms, "limit_ms": row.floor_ms, **_median(stats.at(own, 0.5))})
     table = pd.DataFrame(found).reindex(columns=COLUMNS)
     table["error"] = stats.error(table["predicted_ms"], table["measured_ms"])
     table["of_limit"] = table["limit_ms"] / table["measured_ms"]

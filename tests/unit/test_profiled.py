@@ -41,7 +41,7 @@ from tests.unit.test_peers import synthetic
 
 RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 COMMITTED = {"ablation": "h200/20261128-124256-c2c6", "cache": "h200/20261124-000008-d886",
-             "kernels": "h200/20261124-082824-4268", "paper": "cpu-epyc/20261128-113724-0dcc"}
+             "kernels": "h200/20261124-082824-4268", "paper": "cpu-epyc/20261128-154220-b293"}
 Statistic = Callable[[records.Recorded], Any]
 
 

@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(hybridlab [^`]*)`")
 Change = tuple[str, str]  # what is replaced, and by what; "" is the end of the line
 
-RUN = "cpu-xeon/20261123-204110-0793"  # committed, and RESULTS shows its table
+RUN = "cpu-epyc/20261128-153452-5580"  # committed, and RESULTS shows its table
 NOTEBOOK = "tests/notebooks executes every notebook; here its parameters are checked"
 CHEAPER: dict[str, tuple[Change, ...]] = {
     "hybridlab partition random:llama-2-7b --policy piecewise": (),
