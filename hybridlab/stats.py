@@ -20,7 +20,7 @@ from hybridlab import grouped
 from hybridlab.errors import StatisticsError
 from hybridlab.grouped import BATCH_VALUES, RESAMPLES, Floats, Groups
 
-PAIR = ("round", "prompt_tokens", "index")  # what two arms of one run share; the first ones tell requests apart
+PAIR = ("round", "prompt_tokens", "index")  # what two arms of one run share
 
 
 def _p99(values: Floats, axis: int = -1) -> Any:
@@ -244,10 +244,10 @@ def _sides(own: pd.DataFrame, base: pd.DataFrame, like: Sequence[str],
            column: str) -> tuple[pd.Series, pd.Series, dict[str, Any]]:
     """Both samples and how they belong together, as arguments of `ratio` and `change`."""
     groups, others = grouped.requests(own), grouped.requests(base)
-    both = own.merge(base, on=list(like), suffixes=("", "_base")) if like else own.iloc[:0]
+    both = own.assign(group=groups).merge(base, on=list(like), suffixes=("", "_base")) if like else own.iloc[:0]
     if not len(both) == len(own) == len(base):
         return own[column], base[column], {"groups": groups, "base_groups": others}
-    pairs = None if groups is None else both.groupby(list(like[:-1]), sort=False).ngroup().to_numpy(np.int64)
+    pairs = None if groups is None else both["group"].to_numpy(np.int64)
     return both[column], both[f"{column}_base"], {"paired": True, "groups": pairs}
 
 

@@ -193,3 +193,13 @@ def test_pairs_of_requests_of_unequal_length_count_what_is_there():
     found = stats.against(ragged, ragged.assign(ms=ragged["ms"] * 2), like=())
     assert (found.value, found.n) == (2.0, len(ragged))
     assert found.low == found.high == 2.0
+
+
+@pytest.mark.parametrize("like", [("round", "index"), ("round", "position", "index")])
+def test_pairs_stay_together_by_request_whatever_names_them(like):
+    """Paired by columns that tell gaps apart, each gap would be a witness of its own."""
+    own = of_requests([1.0, 1.0, 2.0, 1.0, 2.0, 1.0]).assign(position=lambda rows: rows["index"] + 10)
+    found = stats.changed(own, own.assign(ms=2.0, request=lambda rows: rows["request"] + 1), like=like, column="ms")
+    assert (found.value, found.low, found.high, found.n) == (-0.5, -0.5, 0.0, 186)
+    alone = stats.change(own["ms"], np.full(len(own), 2.0), paired=True)
+    assert alone.high == -0.5
