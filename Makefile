@@ -79,7 +79,7 @@ step() { \
 	return $$status; \
 }
 endef
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

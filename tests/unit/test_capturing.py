@@ -134,9 +134,7 @@ HERE = ("thread", "cooperative", "sync", "request")  # and on every device
 @pytest.fixture(scope="module")
 def disturbed(model: PreTrainedModel) -> pd.DataFrame:
     before = set(threading.enumerate())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capturing, "NEW", 24)
-        rows = measured(capturing.disturb, model, disturb=HERE, disturb_captures=3, repeats=2)
+    rows = measured(capturing.disturb, model, disturb=HERE, disturb_captures=3, repeats=2)
     rows.attrs["threads"] = [thread.name for thread in threading.enumerate() if thread not in before]
     return rows
 
