@@ -20,7 +20,7 @@ help: ## this list
 	@echo "hybridlab: make TARGET"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-reproduce: compiler $(READY) ## run the four-arm ablation on the embedded model (set-up + at most 9 minutes on 2 cores)
+reproduce: compiler $(READY) ## run the four-arm ablation on the embedded model (set-up + some ten minutes on 2 cores)
 	@$(BIN)/hybridlab reproduce
 
 test: compiler $(READY) lint chromium ## check style and types, then run every test that this machine can run
