@@ -23,6 +23,18 @@ Floats: TypeAlias = NDArray[np.float64]
 Groups: TypeAlias = NDArray[np.int64]
 
 
+def _p99(values: Floats, axis: int = -1) -> Any:
+    return np.quantile(values, 0.99, axis=axis)
+
+
+def _nan_p99(values: Floats, axis: int = -1) -> Any:
+    return np.nanquantile(values, 0.99, axis=axis)
+
+
+REDUCE: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median, "p99": _p99}
+PATCHY: dict[str, Callable[..., Any]] = {"mean": np.nanmean, "median": np.nanmedian, "p99": _nan_p99}  # NaN: no value
+
+
 def requests(rows: pd.DataFrame) -> Groups | None:
     """The number of the request that each row belongs to; None where each has its own, or rows know of no requests."""
     if "request" not in rows or rows["request"].isna().any():
@@ -90,10 +102,6 @@ def _table(values: Floats, groups: Groups) -> Floats:
 
 
 def _reduced(name: str, drawn: Floats) -> Floats:
-    """Of each draw, an array of groups and values, one number; NaN is no value."""
+    """Of each draw, an array of groups and values, one number."""
     values = drawn.reshape(len(drawn), -1)
-    full = not np.isnan(values).any()
-    if name == "p99":
-        return np.asarray((np.quantile if full else np.nanquantile)(values, 0.99, axis=-1))
-    plain, careful = {"mean": (np.mean, np.nanmean), "median": (np.median, np.nanmedian)}[name]
-    return np.asarray((plain if full else careful)(values, axis=-1))
+    return np.asarray((PATCHY if np.isnan(values).any() else REDUCE)[name](values, axis=-1))

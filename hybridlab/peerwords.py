@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 
 from hybridlab import limits
-from hybridlab.report import LIMIT, METRICS, NONE, WORDS, Grid, interval, number
-from hybridlab.stats import needed
+from hybridlab.report import LIMIT, METRICS, NONE, POOLED, WORDS, Grid, interval, number
 
 EQUAL, OURS = "equal to ours", "ours"  # how greedy tokens compare where nothing is to be said
 
@@ -31,8 +30,8 @@ def grid(table: pd.DataFrame | None, rows: pd.DataFrame, floors: pd.DataFrame | 
     more = [] if floors is None else ["limit, ms", "of limit"]
     header = ["system", *(f"{name}{word}" for metric in METRICS for name, words in (
         (f"{metric.upper()} ", ["p50, ms", "p99, ms"]), ("", ["× ours", *more])) for word in words)]
-    note = (f"All prompt lengths pooled; 95 % intervals; p99 only where n ≥ {needed(0.99)}; × ours is how many times "
-            f"as long as {ours} in the same interleaved run, each system in a process of its own.")
+    note = (f"{POOLED}; × ours is how many times as long as {ours} in the same interleaved run, each system in a "
+            "process of its own.")
     about = [*([] if floors is None else [f"{LIMIT}."]), *(_about(name, notes) for name, notes in systems.items())]
     return Grid(f"Peers · {caption}", header, lines, " ".join([note, *about]))
 

@@ -27,6 +27,8 @@ WORDS = {"ttft": "time to first token", "itl": "gap between tokens"}
 METRICS = tuple(WORDS)
 LIMIT = ("Limit: the least time for the bytes and FLOPs of a step at the read and matrix rates measured in the same "
          "run; of limit: the limit over the time")
+POOLED = ("All prompt lengths pooled; 95 % intervals, those of gaps over requests; p99 only where it has one, from n = "
+          f"{needed(0.99)} on")
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,7 @@ def ablation(result: Result) -> Grid:
     header = ["arm", *(f"{name}{word}" for metric in METRICS for name, words in (
         (f"{metric.upper()} ", ["p50, ms", "p99, ms"]), ("", ["× eager", *more])) for word in words)]
     return Grid(f"Ablation · {result.caption}", header, rows,
-                "All prompt lengths pooled; 95 % intervals, those of gaps over requests; p99 only where it has one, "
-                f"from n = {needed(0.99)} on; "
-                "× eager is how many times faster than eager in the same interleaved run."
+                f"{POOLED}; × eager is how many times faster than eager in the same interleaved run."
                 + f" {LIMIT}; both columns hold medians over the rows, each with its own floor." * limited)
 
 

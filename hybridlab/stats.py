@@ -7,7 +7,7 @@ interval of gaps is one over requests: see `grouped`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,9 @@ from scipy import stats as scipy_stats
 
 from hybridlab import grouped
 from hybridlab.errors import StatisticsError
-from hybridlab.grouped import BATCH_VALUES, RESAMPLES, Floats, Groups
+from hybridlab.grouped import BATCH_VALUES, REDUCE, RESAMPLES, Floats, Groups
 
 PAIR = ("round", "prompt_tokens", "index")  # what two arms of one run share
-
-
-def _p99(values: Floats, axis: int = -1) -> Any:
-    return np.quantile(values, 0.99, axis=axis)
-
-
-REDUCE: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median, "p99": _p99}
 
 
 @dataclass(frozen=True, slots=True)
