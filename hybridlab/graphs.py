@@ -79,14 +79,15 @@ def _turn() -> Iterator[None]:
 
 def capture_stream() -> torch.cuda.Stream:
     """The stream on which this thread captures, always the same: cuBLAS keeps a workspace for each stream that it has
-    met, 32 MiB on Hopper. A small product makes this one now, as a capture would take it from its pool."""
+    met, 32 MiB on Hopper. Small products make this one where it is not there, as a capture would take it from its pool.
+    """
     if not hasattr(_OWN, "stream"):
         _OWN.stream = torch.cuda.Stream()
-        with torch.cuda.stream(_OWN.stream):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                one = torch.ones((16, 16), device="cuda", dtype=dtype)
-                torch.addmm(one[0], one @ one, one)
-        _OWN.stream.synchronize()
+    with torch.cuda.stream(_OWN.stream), torch.cuda.use_mem_pool(pools.workspaces()):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            one = torch.ones((16, 16), device="cuda", dtype=dtype)
+            torch.addmm(one[0], one @ one, one)
+    _OWN.stream.synchronize()
     return _OWN.stream
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlab import measure
+from hybridlab import measure, pools
 from hybridlab.lowered import LoweredExecutor
 from hybridlab.runtime import Runtime
 
@@ -20,8 +20,9 @@ def memory(runtime: Runtime, lengths: Iterable[int], seed: int = 0) -> Iterator[
 
     "weights": parameters and buffers, a storage that several share counted once; "KV cache": of the static cache;
     "decode graph" and "graph of N rows": by how much memory grew in each capture, the longest prompt first, so that in
-    a shared pool the first brings the memory (on a CPU: the buffers that a tape keeps); on a GPU also "allocated" and
-    "reserved", the most that PyTorch's allocator held while one request of each length was served. No clock.
+    a shared pool the first brings the memory (on a CPU: the buffers that a tape keeps); on a GPU also "workspaces",
+    which cuBLAS has for all captures of the process together, and "allocated" and "reserved", the most that PyTorch's
+    allocator held while one request of each length was served. No clock.
     """
     lengths = sorted(set(lengths), reverse=True)
     yield _row("weights", held(runtime.model))
@@ -43,6 +44,7 @@ def memory(runtime: Runtime, lengths: Iterable[int], seed: int = 0) -> Iterator[
     if runtime.counters.captures > captured:
         yield _row("decode graph", runtime.counters.graph_bytes - before)
     if runtime.device.type == "cuda":
+        yield _row("workspaces", pools.workspace_bytes())
         yield _row("allocated", torch.cuda.max_memory_allocated(runtime.device))
         yield _row("reserved", torch.cuda.max_memory_reserved(runtime.device))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -22,6 +23,18 @@ class Pool:
     def nbytes(self) -> int:
         """Device memory of the pool: that of the whole allocator also grows by what other threads do."""
         return _bytes_of(self.handle)
+
+
+@cache
+def workspaces() -> torch.cuda.MemPool:
+    """Where cuBLAS's workspaces of the streams lie on which graphs are captured, for as long as the process: graphs
+    write there at every replay, and Inductor, among others, gives back the workspaces of all streams."""
+    return torch.cuda.MemPool()
+
+
+def workspace_bytes() -> int:
+    """Device memory of these."""
+    return _bytes_of(workspaces().id)
 
 
 def _bytes_of(handle: tuple[int, int]) -> int:

@@ -106,7 +106,7 @@ def test_case_07_work_of_another_thread_ends_a_global_capture_loudly(mode: str, 
     asked = each._replace(function=disturbed)
     try:
         if fails:
-            with pytest.raises(CaptureFailed, match=r"(?s)could not be captured · .*captur"):  # CUDA's rule, by name
+            with pytest.raises(CaptureFailed, match="could not be captured · CUDA error"):  # whoever meets it first
                 held.record(asked, mode=mode)
         else:
             held.adopt(asked, *held.record(asked, mode=mode))

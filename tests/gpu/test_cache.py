@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hybridlab as hl
-from hybridlab import graphs, selftest
+from hybridlab import graphs, pools, selftest
 from hybridlab.behind import WAYS
 from hybridlab.cache import GraphCache, Job
 from hybridlab.counters import Counters
@@ -201,3 +201,23 @@ def test_pieces_share_the_pool(tiny: torch.nn.Module) -> None:
             runtime.warm_up(BUCKETS)
             sizes[policy] = runtime._executor.graphs._pool_bytes
     assert sizes["piecewise"] <= 2 * sizes["whole"]
+
+
+def test_a_workspace_that_graphs_write_into_is_given_to_nobody(tiny: torch.nn.Module) -> None:
+    """Inductor's graphs give back cuBLAS's workspaces of all streams: replays would write into somebody's tensors, or,
+    the memory gone, end the process with an illegal access."""
+    with hl.Runtime(tiny, capture="sync", kernels="torch", max_len=128) as runtime:
+        want = runtime.generate(prompt(64), max_new_tokens=8, stop=[]).ids
+        held = pools.workspace_bytes()
+        assert held > 0
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        assert pools.workspace_bytes() == held
+        with torch.cuda.stream(graphs.capture_stream()):
+            taken = [torch.full((8 * MIB,), 7.0, device="cuda") for _ in range(4)]
+        torch.cuda.synchronize()
+        found = runtime.generate(prompt(64), max_new_tokens=8, stop=[])
+        assert (found.ids, set(found.paths)) == (want, {"graph"})
+        assert all(bool((one == 7).all()) for one in taken)
+        assert pools.workspace_bytes() == held
