@@ -37,6 +37,8 @@ from hybridlab.telemetry import Telemetry
 from hybridlab.workload import Asked
 
 Settings = dict[str, dict[str, Any]]
+OF_GRAPHS = ("capture", "behind", "admission", "cache_bytes", "cache_graphs", "pool", "eviction")  # of RuntimeConfig
+
 Row = dict[str, Any]
 
 
@@ -261,17 +263,23 @@ class Lab:
             with self.runtime(arm="eager") as eager:
                 for request in few:
                     self.proof.require_equal(request, "arm eager", self._answer(eager, self.requests[request]))
-        ladders = list({str(entry.get("buckets")): entry.get("buckets") for entry in self.settings.values()}.values())
-        for done, buckets in enumerate(ladders):
-            self.report("warming up", done, len(ladders) + 1)
-            with self.runtime(buckets=buckets, capture="never") as runtime:
+        programs = self.programs()
+        for done, changes in enumerate(programs):
+            self.report("warming up", done, len(programs) + 1)
+            with self.runtime(**changes, capture="never") as runtime:
                 for length in {runtime.bucket_for(n) or n: n for n in lengths}.values():
                     self._answer(runtime, Asked(length, min(2, self.max_len - length)))
                 for request in few:
                     self.proof.require_equal(request, "capture=never", self._answer(runtime, self.requests[request]))
-        self.report("warming up", len(ladders), len(ladders) + 1)
-        with self.runtime(buckets=ladders[0], capture="sync") as runtime:
+        self.report("warming up", len(programs), len(programs) + 1)
+        with self.runtime(**programs[0], capture="sync") as runtime:
             self._answer(runtime, Asked(lengths[0], min(2, self.max_len - lengths[0])))
+
+    def programs(self) -> list[dict[str, Any]]:
+        """What differs between settings beside what becomes of graphs: each has kernels of its own to compile."""
+        kept = [{name: value for name, value in changes.items() if name not in OF_GRAPHS}
+                for changes in self.settings.values()]
+        return [changes for number, changes in enumerate(kept) if changes not in kept[:number]]
 
     def _answer(self, runtime: Runtime, asked: Asked) -> list[int]:
         return runtime.generate(self.prompts[asked.prompt_tokens], max_new_tokens=asked.new_tokens, stop=[]).ids

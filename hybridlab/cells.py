@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 def cells(config: RunConfig | TraceConfig | PeersConfig) -> dict[str, Cell]:
     """What a run compares, by the name it has in rows: each arm, a replaying one under each policy, one that compiles
-    with each choice of kernels, and one that replays whole steps with each number of them.
+    with each choice of kernels that its policy allows, and one that replays whole steps with each number of them.
 
     The name is the arm's, followed by the policy's where the run compares several, by "fused" where only some are, and
     by the number of steps where some launch several.
@@ -48,7 +48,8 @@ def cells(config: RunConfig | TraceConfig | PeersConfig) -> dict[str, Cell]:
     for arm in config.arms:
         for p in policies if arm in REPLAYING else policies[:1]:
             several = arm in REPLAYING and p == POLICIES["full"]
-            for kernels, count in product(choices if arm in COMPILING else ("auto",), counts if several else (1,)):
+            whole = [k for k in choices if k != "fused" or len(choices) == 1 or arm not in REPLAYING or not p.between]
+            for kernels, count in product(whole if arm in COMPILING else ("auto",), counts if several else (1,)):
                 words = [arm, policy_name(p) if len(policies) > 1 and arm in REPLAYING else "",
                          kernels if len(choices) > 1 and kernels == "fused" else "",
                          f"{count} steps" if len(counts) > 1 and count > 1 else ""]
@@ -61,6 +62,10 @@ def require_possible(config: RuntimeConfig) -> None:
     if config.kernels == "fused" and config.arm not in COMPILING:
         raise ConfigError("kernels is 'fused'", f"arm {config.arm} compiles no kernels",
                           f"use arm {' or '.join(map(repr, COMPILING))}, or kernels='torch'")
+    chosen = policy(config.policy)
+    if config.kernels == "fused" and config.arm in REPLAYING and chosen.between:
+        raise ConfigError("kernels is 'fused'", f"policy {policy_name(chosen)} keeps operations out of graphs that "
+                          "would be fused with others", "use kernels='torch', or policy 'whole' or 'full'")
     if config.steps > 1 and (config.arm not in REPLAYING or policy(config.policy) != POLICIES["full"]):
         raise ConfigError(f"steps is {config.steps}", "only a graph that also prepares and draws can hold several",
                           f"use policy='full' and arm {' or '.join(map(repr, REPLAYING))}, or steps=1")

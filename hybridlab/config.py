@@ -58,6 +58,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                               "write it like Policy(outside=['attention'])")
         msgspec.structs.force_setattr(self, "outside", tuple(self.outside))
 
+    @property
+    def between(self) -> tuple[str, ...]:
+        """What stays outside in the midst of a forward, which is cut there."""
+        return tuple(name for name in self.outside if name not in ("prepare", "sample"))
+
 
 POLICIES = {
     "piecewise": Policy(("prepare", "attention", "sample")),  # attention stays outside, between graphs

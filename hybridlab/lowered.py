@@ -57,8 +57,8 @@ class LoweredExecutor:
         self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
         self.cutting = self.lookup is not None and cut(model, decode) is not None
         assert decode.policy is not None
-        between = [name for name in decode.policy.outside if name not in ("prepare", "sample")]
-        self.around = f", in pieces around {', '.join(between)}" if between else ", fused" if self.fused else ""
+        between = ", ".join(decode.policy.between)
+        self.around = f", in pieces around {between}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
         self.at = 0  # tokens that the last launched step has seen

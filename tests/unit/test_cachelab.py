@@ -99,6 +99,13 @@ def test_a_run_is_recorded_and_told(trace: str, tmp_path: Path) -> None:
         experiment.Result.open(result.path)
 
 
+def test_every_kind_of_kernels_is_compiled_before_a_pass(trace: str) -> None:
+    """A run that ends minutes later, as one setting's kernels are not those that warming up compiled."""
+    compare = [{"capture": "never", "buckets": LADDER, "kernels": kernels} for kernels in ("torch", "fused")]
+    result = cachelab.run(CONFIG | {"trace": trace, "repeats": 1, "compare": compare}, progress=False)
+    assert result.rows["setting"].nunique() == 2
+
+
 def test_a_sync_miss_is_no_hit(trace: str) -> None:
     """A first token that waited for its own capture, counted as a hit, would give sync captures a hit rate of 100 %."""
     config = CONFIG | {"trace": trace, "repeats": 1, "compare": [{"capture": "sync", "buckets": LADDER}]}

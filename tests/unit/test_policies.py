@@ -106,6 +106,8 @@ def test_runs_compare_kernels_where_they_are_compiled() -> None:
         "eager": "auto", "graph whole": "auto", "graph full": "auto", "jit": "torch", "jit fused": "fused",
         "hybrid whole": "torch", "hybrid whole fused": "fused", "hybrid full": "torch", "hybrid full fused": "fused"}
     assert list(cells(build(RunConfig, {"kernels": "fused"}))) == ["eager", "graph", "jit", "hybrid"]
+    cut = build(RunConfig, {"policy": ["piecewise", "full"], "kernels": ["torch", "fused"], "arms": ["jit", "hybrid"]})
+    assert list(cells(cut)) == ["jit", "jit fused", "hybrid piecewise", "hybrid full", "hybrid full fused"]
 
 
 def test_runs_compare_numbers_of_steps_where_whole_steps_are_replayed() -> None:
