@@ -104,9 +104,15 @@ class FusedStep(Program):
         self.work = self._work() if self.rows == 1 else None  # a prompt's would be held by every bucket
 
     def _work(self) -> _Work:
-        sizes = (self.table.shape[1], (self.heads + 2 * self.kv_heads) * self.dim, self.heads * self.dim, self.inner)
-        tokens = (self.rows,) if self.rows > 1 else ()
-        return _Work(*(self.table.new_empty((*tokens, size)) for size in sizes))
+        rows, (hidden, qkv, mixed) = self.rows, (self.table.shape[1], (self.heads + 2 * self.kv_heads) * self.dim,
+                                                 self.heads * self.dim)
+        if rows == 1:
+            return _Work(*(self.table.new_empty(size) for size in (hidden, qkv, mixed, self.inner)))
+        # When the gate opens, attention is over: both take the same memory, the gate with what it lets through.
+        shared = self.table.new_empty(rows * max(qkv + mixed, 2 * self.inner))
+        return _Work(self.table.new_empty((rows, hidden)), shared[:rows * qkv].view(rows, qkv),
+                     shared[rows * qkv:rows * (qkv + mixed)].view(rows, mixed),
+                     shared[:rows * 2 * self.inner].view(rows, -1)[:, :self.inner])
 
     def __call__(self) -> None:
         work = self.work or self._work()

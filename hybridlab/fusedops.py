@@ -45,7 +45,8 @@ def project(x: Tensor, gain: Tensor, eps: float, a: Tensor, b: Tensor | None, c:
 def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None, pdl: bool, out: Tensor) -> None:
     """out <- SiLU(gate @ RMSNorm(x)) * (up @ RMSNorm(x)). x, gain: [depth]; gate, up: [rows, depth]; out: [rows].
 
-    Without `up`, `gate` holds both, one below the other."""
+    Without `up`, `gate` holds both, one below the other. Of several tokens, what lies between the rows of `out` may be
+    written over."""
     gate, up = halves(gate, up)
     normed = _normed(x, gain, eps)
     out.copy_(silu(_times(gate, normed)) * _times(up, normed))

@@ -36,18 +36,19 @@ def _norm(x, gain, eps, out, depth: tl.constexpr, padded: tl.constexpr, pdl: tl.
 
 
 @triton.jit
-def _gate(both, out, rows, block: tl.constexpr):
-    """A part of one token: `rows` of the gate and after them as many that it lets through."""
+def _gate(both, out, rows, pitch, block: tl.constexpr):
+    """A part of one token: `rows` of the gate and after them as many that it lets through. `out` may be the memory of
+    the gate."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     gate = both + token * 2 * rows + column
     opened = tl.load(gate, mask=column < rows, other=0.0).to(tl.float32)
     result = opened / (1 + tl.exp(-opened)) * tl.load(gate + rows, mask=column < rows, other=0.0).to(tl.float32)
-    tl.store(out + token * rows + column, result.to(out.dtype.element_ty), mask=column < rows)
+    tl.store(out + token * pitch + column, result.to(out.dtype.element_ty), mask=column < rows)
 
 
 @triton.jit
-def _times(rows, valid, x, token, tokens, depth: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
-    """The weights at addresses `rows` times every token, [rows, tokens] in float32.
+def _times(rows, valid, x, token, tokens, pitch, depth: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
+    """The weights at addresses `rows` times every token, each `pitch` after the one before: [rows, tokens] in float32.
 
     Weights are the left matrix: a matrix unit takes 64 of its rows at once, and of the right one's columns 8.
     """
@@ -56,14 +57,14 @@ def _times(rows, valid, x, token, tokens, depth: tl.constexpr, block: tl.constex
     for start in tl.range(0, depth, block, num_stages=stages):
         inside = start + column < depth
         left = tl.load(rows[:, None] + (start + column)[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
-        right = tl.load(x + token[None, :] * depth + (start + column)[:, None],
+        right = tl.load(x + token[None, :] * pitch + (start + column)[:, None],
                         mask=(token < tokens)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_rows, c_rows,
+def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, pitch, width, a_rows, b_rows, c_rows,
              depth: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
              block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """Rows of up to three matrices, side by side in `out`; `added` to it, or written over it."""
@@ -78,7 +79,7 @@ def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_r
         weight, bias, rows, base = b, b_bias, b_rows, a_rows
         tile -= a_tiles
     row, token = tile * block_rows + tl.arange(0, block_rows), tl.arange(0, block_tokens)
-    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, token, tokens, depth, block, stages)
+    result = _times(weight + row.to(tl.int64) * depth, row < rows, x, token, tokens, pitch, depth, block, stages)
     inside = (row < rows)[:, None] & (token < tokens)[None, :]
     target = out + token[None, :] * width + base + row[:, None]
     if biased:
@@ -89,7 +90,7 @@ def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, width, a_rows, b_r
 
 
 @triton.jit
-def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constexpr,
+def _swiglu(x, gate, up, out, tokens, pitch, rows, depth: tl.constexpr, pdl: tl.constexpr,
             block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
     """A tile holds rows of gate and up in turn, so that one pass over x gives both."""
     _start(pdl)
@@ -98,10 +99,10 @@ def _swiglu(x, gate, up, out, tokens, rows, depth: tl.constexpr, pdl: tl.constex
     slot = tl.arange(0, block_rows)
     feature = first + slot // 2
     both = tl.where(slot % 2 == 0, gate, up) + feature.to(tl.int64) * depth
-    total = _times(both, feature < rows, x, token, tokens, depth, block, stages)
+    total = _times(both, feature < rows, x, token, tokens, depth, depth, block, stages)
     opened, given = tl.split(tl.trans(tl.reshape(total, [half, 2, block_tokens]), 0, 2, 1))
     row = first + tl.arange(0, half)
-    tl.store(out + token[None, :] * rows + row[:, None], (opened / (1 + tl.exp(-opened)) * given).to(
+    tl.store(out + token[None, :] * pitch + row[:, None], (opened / (1 + tl.exp(-opened)) * given).to(
         out.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
 
 
@@ -132,18 +133,26 @@ def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Ten
 
 def swiglu(x: Tensor, gain: Tensor, eps: float, gate: Tensor, up: Tensor | None, pdl: bool, out: Tensor,
            tile: Tile | None = None) -> None:
-    """`hybridlab.fusedops.swiglu` of several tokens."""
+    """`hybridlab.fusedops.swiglu` of several tokens. Where each row of `out` is followed by as much room, the library's
+    products lie there."""
     rows, depth = out.shape[1], x.shape[1]
     tile = tile or _tuned("swiglu", len(x), rows, gate)
     normed = _normed(x, gain, eps, pdl)
     if tile != LIBRARY:
         gate, up = halves(gate, up)
-        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](normed, gate, up, out, len(x), rows, depth, pdl, _held(x),
+        _swiglu[(triton.cdiv(2 * rows, tile.rows),)](normed, gate, up, out, len(x), out.stride(0), rows, depth, pdl,
+                                                     _held(x),
                                                      tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
         return
-    both = x.new_empty(len(x), 2 * rows)
+    both = _twice(out) if out.stride(0) == 2 * rows else x.new_empty(len(x), 2 * rows)
     _by_library(normed, (gate, up), (None, None), both)
-    _gate[(len(x), triton.cdiv(rows, BLOCK))](both, out, rows, BLOCK)
+    _gate[(len(x), triton.cdiv(rows, BLOCK))](both, out, rows, out.stride(0), BLOCK)
+
+
+def _twice(out: Tensor) -> Tensor:
+    """`out` with what follows each of its rows, as long as they are."""
+    tokens, rows = out.shape
+    return out.as_strided((tokens, 2 * rows), (2 * rows, 1))
 
 
 def _by_library(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], out: Tensor) -> None:
@@ -194,7 +203,7 @@ def _multiply(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tenso
     sizes = [0 if weight is None else len(weight) for weight in weights]
     given = [x if weight is None else weight for weight in weights] + [x if bias is None else bias for bias in biases]
     _project[(sum(triton.cdiv(size, tile.rows) for size in sizes),)](
-        x, *given, out, len(x), sum(sizes), *sizes, x.shape[1], biases[0] is not None, added, pdl,
+        x, *given, out, len(x), x.stride(0), sum(sizes), *sizes, x.shape[1], biases[0] is not None, added, pdl,
         _held(x), tile.rows, tile.columns, tile.stages, **_launch(pdl, tile))
 
 
