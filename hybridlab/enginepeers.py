@@ -99,7 +99,7 @@ class VLLM(Peer):
             **weights.arguments, skip_tokenizer_init=True,
             max_model_len=asked.max_len, enable_prefix_caching=False, kv_cache_memory_bytes=kv,
             gpu_memory_utilization=math.ceil(100 * (weights.bytes + kv + BESIDE) / total) / 100,
-            seed=asked.config.seed, disable_log_stats=True)
+            seed=asked.config.seed % 2**32, disable_log_stats=True)  # NumPy's generator is seeded too: 32 bits
         self.engine, self.requests = self.llm.llm_engine, 0
         self.sampling = partial(SamplingParams, temperature=0.0, ignore_eos=True, detokenize=False,
                                 output_kind=RequestOutputKind.DELTA)

@@ -88,6 +88,7 @@ class VllmLLM:
                  load_format: str = "auto", max_model_len: int | None = None, disable_log_stats: bool = False,
                  enable_prefix_caching: bool | None = None) -> None:
         self.given = dict(locals())
+        assert 0 <= seed < 2**32, "numpy.random.seed takes no other"
         self.llm_engine = VllmEngine()
         self.made.append(self)
 
@@ -179,7 +180,7 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(folder: Path, **settings: Any) -> peers.Asked:
-    return peers.Asked(PeersConfig(device="cpu", seed=3, **settings), {}, [PROMPT], 64, folder, False)
+    return peers.Asked(PeersConfig(device="cpu", **{"seed": 3} | settings), {}, [PROMPT], 64, folder, False)
 
 
 ADAPTERS: dict[str, tuple[type[peers.Peer], Any]] = {
@@ -244,6 +245,12 @@ def test_vllm_is_asked_for_greedy_tokens_of_these_ids(started: Started) -> None:
     assert needed <= given["gpu_memory_utilization"] * GPU_BYTES < needed + 0.02 * GPU_BYTES
     assert enginepeers.os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "cudagraph mode FULL_AND_PIECEWISE" in peer.reason
+
+
+def test_every_seed_of_a_config_starts_vllm(started: Started) -> None:
+    """A config's seed has 63 bits; vLLM seeds NumPy with it, which raises beyond 32, so that it would not start."""
+    _, llm = started("vllm", seed=2**63 - 1)
+    assert llm.given["seed"] == 2**32 - 1
 
 
 def test_tensorrt_llm_is_asked_for_greedy_tokens_of_these_ids(started: Started) -> None:
