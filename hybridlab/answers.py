@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from hybridlab import stats, tallies
+from hybridlab.errors import StatisticsError
 
 PUBLISHED = 406  # graphs, of 1 to this many tokens, that the published code held when its memory was full
 HIDDEN = 0.1     # a replay that saves less than this share of a first token hides no launches worth speaking of
@@ -206,7 +208,13 @@ def _median(own: pd.DataFrame) -> str:
 
 def _times(quiet: pd.DataFrame, busy: pd.DataFrame) -> str:
     found = stats.against(quiet, busy, like=())
-    return f", {found.value:.3g} times as long [{found.low:.3g}, {found.high:.3g}]" if found else ""
+    if found is None:
+        return ""
+    words = f", {found.value:.3g} times as long [{found.low:.3g}, {found.high:.3g}]"
+    with suppress(StatisticsError):  # fewer gaps than a p99 needs, or of requests that differ too much
+        tail = stats.changed(busy, quiet, "p99", like=(), column="ms")
+        words += f", its p99 {1 + tail.value:.3g} times quiet ones' [{1 + tail.low:.3g}, {1 + tail.high:.3g}]"
+    return words
 
 
 def _rate(failed: int, tried: int) -> str:

@@ -89,9 +89,9 @@ def publish(path: Path, root: Path) -> Path:
 def redraw(root: Path) -> list[Path]:
     """Draw the committed figures again: figures/<machine>/ from that machine's latest committed ablation,
     `fused_<figure>` from the latest that compares kernels, `kernels_<figure>` from the latest that times them,
-    `peers_<figure>` from the latest with other engines, `trace_<figure>` from its latest trace, `paper_<figure>` from
-    its latest reproduction of the paper, and
-    `cache_<trace>_<figure>` from its latest run of each request trace.
+    `peers_<figure>` from the one with most systems, the latest of these, `trace_<figure>` from its latest trace,
+    `paper_<figure>` from its latest reproduction of the paper, and `cache_<trace>_<figure>` from its latest run of each
+    request trace.
     """
     written: list[Path] = []
     ablations: dict[tuple[str, str], Result | PeersResult] = {}
@@ -101,7 +101,9 @@ def redraw(root: Path) -> list[Path]:
             result = Result.open(path)
             ablations[path.parent.name, "fused_" if isinstance(result.config.kernels, tuple) else ""] = result
         elif records.kind(path) == PeersResult.kind:
-            ablations[path.parent.name, "peers_"] = PeersResult.open(path)
+            found, shown = PeersResult.open(path), ablations.get((path.parent.name, "peers_"))
+            if not isinstance(shown, PeersResult) or len(found.systems) >= len(shown.systems):
+                ablations[path.parent.name, "peers_"] = found
         elif records.kind(path) == CacheResult.kind:
             written += _draw_cache(CacheResult.open(path), root / "figures" / path.parent.name)
         elif records.kind(path) == KernelResult.kind:

@@ -25,15 +25,13 @@ Process = Literal["here", "worker"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 CAPTURES: tuple[str, ...] = get_args(Capture)
-FALLBACKS: tuple[str, ...] = get_args(Fallback)
 BEHINDS: tuple[str, ...] = get_args(Behind)
-ADMISSIONS: tuple[str, ...] = get_args(Admission)
-POOLS: tuple[str, ...] = get_args(Pool)
-EVICTIONS: tuple[str, ...] = get_args(Eviction)
-REPEATS: tuple[str, ...] = get_args(Repeat)
 PROCESSES: tuple[str, ...] = get_args(Process)
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 DTYPES = ("float32", "float16", "bfloat16")
+WORDS = {"dtype": DTYPES} | {name: get_args(words) for name, words in (  # what fields of these names may be
+    ("arm", Arm), ("kernels", Kernels), ("capture", Capture), ("behind", Behind), ("admission", Admission),
+    ("pool", Pool), ("eviction", Eviction), ("repeat", Repeat), ("fallback", Fallback), ("process", Process))}
 
 PAPER_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 
@@ -60,7 +58,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def between(self) -> tuple[str, ...]:
-        """What stays outside in the midst of a forward, which is cut there."""
+        """What stays outside in the midst of a forward."""
         return tuple(name for name in self.outside if name not in ("prepare", "sample"))
 
 
@@ -271,12 +269,9 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
         if name not in fields:
             raise ConfigError(f"{kind.__name__} has no field {name!r}", "", nearest(name, fields))
     given = values.get("policy") if "policy" in fields else None
-    for one in given if isinstance(given, list | tuple) else [given]:
-        if isinstance(one, str):
-            policy(one)
-    for name, known in (("arm", ARMS), ("capture", CAPTURES), ("behind", BEHINDS), ("fallback", FALLBACKS),
-                        ("kernels", KERNELS), ("dtype", DTYPES), ("admission", ADMISSIONS), ("pool", POOLS),
-                        ("eviction", EVICTIONS), ("repeat", REPEATS), ("process", PROCESSES)):
+    for one in (each for each in (given if isinstance(given, list | tuple) else [given]) if isinstance(each, str)):
+        policy(one)
+    for name, known in WORDS.items():
         if name in values and name in fields and not (name == "dtype" and values[name] is None):
             several = kind in (RunConfig, TraceConfig) and isinstance(values[name], list | tuple)
             for one in values[name] if several else [values[name]]:

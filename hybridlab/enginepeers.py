@@ -1,7 +1,7 @@
 """vLLM and TensorRT-LLM as systems of a comparison, through their offline APIs, one request at a time.
 
-Both are written from their documentation and sources (vLLM 0.25.1; TensorRT-LLM's `LLM` of 1.x, PyTorch backend) and
-have not been run where this was written: there was no GPU. Their Python packages are imported when an engine starts.
+vLLM's ran with 0.25.1. TensorRT-LLM's is written from its documentation and sources (`LLM` of 1.x, PyTorch backend) and
+has not been run. Their Python packages are imported when an engine starts.
 """
 
 from __future__ import annotations
