@@ -21,7 +21,7 @@ from hybridlab import (
     stats,
 )
 from hybridlab.config import as_dict, build
-from hybridlab.errors import ConfigError
+from hybridlab.errors import ConfigError, HybridlabError, RunError
 from hybridlab.paperconfig import PaperConfig
 from hybridlab.papertimes import START, Arms, Row
 from hybridlab.progress import reporter
@@ -82,7 +82,9 @@ class PaperResult(experiment.Shown):
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""
-        words = [papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy(), self.during()]
+        failed = [f"Part {part} failed: {why}." for part, why in self.recorded.extra.get("failed_parts", {}).items()]
+        words = [*failed, papertables.clipped(self.rows), self.short(), ledger.words(self.ledger()), self.busy(),
+                 self.during()]
         if self.on_cpu:
             words.append("These are CPU timings: a graph is a tape of the recorded calls here, so claims about "
                          "times on a GPU are not judged by them.")
@@ -108,7 +110,8 @@ class PaperResult(experiment.Shown):
 
 def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = None,
         progress: bool = True) -> PaperResult:
-    """Measures the parts of the config over one loaded model, one after the other, and records the run.
+    """Measures the parts of the config over one loaded model, one after the other, and records the run. A part that
+    fails is named in the reading with the reason, and the others are measured; RunError if all fail.
 
     Raises: ConfigError, ModelError or PromptError for bad input, before anything is written; what goes wrong later,
     Ctrl-C included, leaves a run that is marked failed with the rows of the finished rounds, and is re-raised.
@@ -128,9 +131,13 @@ def run(config: PaperConfig | Mapping[str, Any], *, root: Path | str | None = No
             for rows in _parts(arms):
                 target.append(rows)
                 clocks.sample()
-            target.finish("complete", extra={"during": clocks.summary(), "roofline": floors})
+            if set(arms.failed) == set(config.parts):
+                raise RunError("every part failed", "; ".join(f"{part}: {why}" for part, why in arms.failed.items()),
+                               "see why each of them did")
+            target.finish("complete", extra={"during": clocks.summary(), "roofline": floors,
+                                             "failed_parts": arms.failed})
             report("; ".join([f"run {target.path.name}: complete",  # what stays in a notebook
-                              *(f"{part}: {words}" for part, words in arms.ended.items())]), 1, 1)
+                              *(f"{part}: {words}" for part, words in (arms.ended | arms.failed).items())]), 1, 1)
     return PaperResult.open(target.path)
 
 
@@ -153,10 +160,18 @@ def _parts(arms: Arms) -> Iterator[list[Row]]:
         with arms:
             for name, times in TIMES.items():
                 if name in wanted:
-                    yield from times(arms)
+                    yield from _part(arms, name, times)
     for name, costs in COSTS.items():
         if name in wanted:
-            yield from costs(arms)
+            yield from _part(arms, name, costs)
+
+
+def _part(arms: Arms, name: str, measured: Callable[[Arms], Iterator[list[Row]]]) -> Iterator[list[Row]]:
+    """The rows of one part; of one that fails those of its finished rounds, and why: an hour of others is not lost."""
+    try:
+        yield from measured(arms)
+    except HybridlabError as error:
+        arms.failed[name] = str(error)
 
 
 TIMES: dict[str, Callable[[Arms], Iterator[list[Row]]]] = {

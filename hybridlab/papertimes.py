@@ -62,7 +62,7 @@ class Arms:
     """The arms of a reproduction over one loaded model, warmed up and then sealed: no timed request captures.
 
     `lengths` and `generations` are those of the config that fit the model's context; `clipped` are rows of the others.
-    `ended`: for parts that the budget ended, after how many requests, in words.
+    `ended`: for parts that the budget ended, after how many requests, in words; `failed`: for those that failed, why.
     Raises: PromptError when no length or no generation fits, ConfigError for buckets that are no ladder.
     """
 
@@ -89,6 +89,7 @@ class Arms:
         ladder(config.buckets, self.max_len)  # refuses what is none before anything is written
         self.prompts = measure.prompts(model, {*self.lengths, START}, config.seed)
         self.ended: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Arms:

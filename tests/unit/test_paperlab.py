@@ -166,6 +166,20 @@ def test_recomputed_tokens_that_differ_are_not_timed(monkeypatch: pytest.MonkeyP
     assert records.read(path).status == "failed"
 
 
+def test_a_part_that_fails_does_not_take_the_others_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ten minutes of a GPU's time lost to the last part but three; or a part that failed and nobody says so."""
+    def breaks(arms: Any) -> Any:
+        yield [papertimes.row("capture", arm="capture=never", metric="ttft", value=1.0)]
+        raise RunError("a kernel was compiled inside a pass", "", "report this")
+
+    monkeypatch.setitem(paperlab.COSTS, "capture", breaks)
+    found = paperlab.run(CONFIG | {"parts": ["capture", "memory"]}, root=tmp_path, progress=False)
+    assert (found.status, set(found.rows["part"])) == ("complete", {"capture", "memory"})
+    assert "Part capture failed: a kernel was compiled inside a pass" in found.reading()
+    with pytest.raises(RunError, match="every part failed · capture: a kernel was compiled"):
+        paperlab.run(CONFIG | {"parts": ["capture"]}, root=tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"part": ["ttft"]}, ConfigError, "did you mean 'parts'"), ({"parts": ["tft"]}, ConfigError, "parts is"),
     ({"parts": []}, ConfigError, "parts is"), ({"parts": ["ttft", "ttft"]}, ConfigError, "parts holds a value twice"),
