@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hybridlab import kernels, models, verify
 from hybridlab.buckets import ladder
-from hybridlab.config import RuntimeConfig, Sampling
+from hybridlab.config import RuntimeConfig, Sampling, policy
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, NonFinite, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
@@ -25,7 +25,7 @@ from hybridlab.link import exclusive
 from hybridlab.lowered import LoweredExecutor, fuses
 from hybridlab.lowering import twin
 from hybridlab.machine import ridge
-from hybridlab.partitioning import partition
+from hybridlab.partitioning import partition, plain
 from hybridlab.plan import Plan
 from hybridlab.request import Request
 from hybridlab.tokens import Seen, Step
@@ -46,7 +46,8 @@ class Engine:
         if self.max_len > context:
             raise ConfigError(f"max_len is {config.max_len}", f"the model's context is {context} tokens",
                               "ask for no more")
-        self.fused = config.arm != "eager" and fuses(self.model, self.plan, config)
+        self._require_lowerable()
+        self.fused = config.arm != "eager" and fuses(self.model, self._plan, config)
         few = FEWEST if self.fused and self.device.type == "cuda" else None
         self.buckets = ladder(config.buckets, self.max_len, self._ridge(), few)
         self.counters = Counters()
@@ -62,8 +63,14 @@ class Engine:
             return None
         return ridge(self.device, self.model.dtype)
 
+    def _require_lowerable(self) -> None:
+        """Raise `LoweringError` or `PlanError` for what this arm cannot do with this model. A plan, which takes longer
+        than everything else here, is made where a policy names what only a plan knows."""
+        if self.config.arm != "eager" and (policy(self.config.policy).between or not plain(self.model)):
+            self._plan("decode")
+
     def _make_executor(self) -> Executor:
-        """Refuses a model that does not decode as it should, or that cannot be lowered."""
+        """Refuses a model that does not decode as it should."""
         if self.config.arm == "eager":
             return StockExecutor(self.model, self.config.run_ahead + 1)
         return LoweredExecutor(self.model, self._plan, self.config, self.fused, self.buckets, self.max_len,
@@ -71,7 +78,8 @@ class Engine:
 
     @cached_property
     def plan(self) -> Plan:
-        """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
+        """The partition of a decode step as this arm runs it; in arm eager, of the stock step. Made when it is first
+        asked for, in seconds."""
         return self._plan("decode")
 
     def _plan(self, phase: str, *length: int) -> Plan:

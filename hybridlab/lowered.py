@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hybridlab import kernels, loop, ops
 from hybridlab.buckets import bucket_for
 from hybridlab.cache import GraphCache, Job
-from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy_name
+from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy, policy_name
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, ConfigError, StaleAddress
 from hybridlab.executors import Launched
@@ -20,6 +20,7 @@ from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
 from hybridlab.plan import Plan
+from hybridlab.policies import left_out
 from hybridlab.ranges import span
 from hybridlab.readback import Prompt, Readback, Ring
 from hybridlab.sampling import Controls
@@ -31,15 +32,15 @@ class LoweredExecutor:
     """`graph` and `hybrid` replay what the plan puts into graphs, where a graph is there. `jit` and `hybrid` run the
     dynamic operations, attention included, as JIT kernels; `graph` runs them as plain PyTorch.
 
-    `plan_of` gives the plan of a phase, and of prefill by its rows. Of a step's three parts the forward is always
-    captured, with the cut that the plan makes inside it; `prepare` and `sample` with it where the plan says so.
+    `plan_of` gives the plan of a phase, and of prefill by its rows; a policy that leaves the forward whole needs none.
+    Of a step's three parts the forward is always captured, with the cut that the plan makes inside it; `prepare` and
+    `sample` with it where the policy says so.
     """
 
     def __init__(self, model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig, fused: bool,
                  buckets: tuple[int, ...], max_len: int, counters: Counters) -> None:
         self.fused = fused
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
-        decode = plan_of("decode")  # first: it says why a model cannot be lowered
         self.namespace = JIT if config.arm in COMPILING else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
         self.weights = _addresses(model)
@@ -54,12 +55,12 @@ class LoweredExecutor:
         self.programs: dict[tuple[str, str, int], Program] = {}
         self.positions = self.program("decode", 1).inputs.positions
         self.lookup = Lookup(config, model.device, counters, self._job) if config.arm in REPLAYING else None
-        self.outside = {o.role for o in decode.ops if o.path != "graph"} & {"prepare", "sample"}
-        self.cutting = self.lookup is not None and cut(model, decode) is not None
-        assert decode.policy is not None
-        between = ", ".join(decode.policy.between)
+        chosen = policy(config.policy)
+        self.outside = left_out(chosen, config.arm, lambda: plan_of("decode"))
+        self.cutting = cuts(model, plan_of, config)
+        between = ", ".join(chosen.between)
         self.around = f", in pieces around {between}" if between else ", fused" if self.fused else ""
-        self.baked = (policy_name(decode.policy), str(model.dtype), str(model.device))  # of every key
+        self.baked = (policy_name(chosen), str(model.dtype), str(model.device))  # of every key
         self.bucket: int | None = None
         self.at = 0  # tokens that the last launched step has seen
         self.asked_at: float | None = None  # when the request was, until its first token is read
@@ -275,16 +276,23 @@ class LoweredExecutor:
         self.modules.clear()
 
 
-def fuses(model: PreTrainedModel, decode: Plan, config: RuntimeConfig) -> bool:
-    """Whether steps of `model`, planned like `decode`, run through fused kernels.
+def cuts(model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig) -> bool:
+    """Whether a graph of a step of `model` is cut inside the forward."""
+    return (config.arm in REPLAYING and bool(policy(config.policy).between)
+            and cut(model, plan_of("decode")) is not None)
+
+
+def fuses(model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig) -> bool:
+    """Whether steps of `model`, planned by `plan_of`, run through fused kernels.
 
     Raises `ConfigError` if they are asked for and cannot be.
     """
     if config.kernels == "torch" or config.arm not in COMPILING:
         return False
     problem = refusal(model)
-    if problem is None and config.arm in REPLAYING and decode.policy and cut(model, decode) is not None:
-        problem = f"policy {policy_name(decode.policy)} keeps operations out of graphs that would be fused with others"
+    if problem is None and cuts(model, plan_of, config):
+        problem = (f"policy {policy_name(policy(config.policy))} keeps operations out of graphs that would be fused "
+                   "with others")
     if problem is not None and config.kernels == "fused":
         raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
     return problem is None and (config.kernels == "fused" or model.device.type == "cuda")

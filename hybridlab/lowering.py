@@ -165,9 +165,15 @@ def twin(model: PreTrainedModel, tensor: Callable[[Tensor], Tensor] = lambda t: 
 def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     """A twin of `model` that attends through `namespace`; weights are shared, the model itself is not touched.
 
-    Raises `LoweringError` for layers that are known not to attend, or to attend otherwise. A layer that never calls
-    the lowered attention is found by `trace_lowered`, one that uses it wrongly by `verify_lowered`.
+    Raises `LoweringError` for layers that are known not to attend, or to attend otherwise. One that uses the lowered
+    attention wrongly is found by `verify_lowered`, one that never calls it there or by `trace_lowered`.
     """
+    require(model)
+    return lowered(twin(model), namespace)
+
+
+def require(model: PreTrainedModel) -> None:
+    """Raise `LoweringError` for a model that says itself that it cannot be lowered."""
     name = type(model).__name__
     if getattr(model, "_is_stateful", False):
         raise LoweringError(f"{name} keeps a state that is no KV cache", model.name_or_path,
@@ -177,13 +183,16 @@ def lower(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
     if others:
         raise LoweringError(f"{name} has layers of kind {', '.join(sorted(others))}",
                             f"only {' and '.join(sorted(ATTENTION))} can be lowered", EAGER)
-    lowered = twin(model)
-    lowered.set_attn_implementation(namespace)
-    lowered.set_experts_implementation(experts.NAME)
+
+
+def lowered(model: PreTrainedModel, namespace: str) -> PreTrainedModel:
+    """`model` itself, which attends through `namespace` from now on: for a twin that nobody else has."""
+    model.set_attn_implementation(namespace)
+    model.set_experts_implementation(experts.NAME)
     # With a padding token some families look for it among the ids, which only the host can. Set behind the config's
     # back, as a few of them insist on a number.
-    vars(lowered.config)["pad_token_id"] = None
-    if lowered.config._attn_implementation != namespace:
-        raise LoweringError(f"{name} does not use transformers' attention interface",
+    vars(model.config)["pad_token_id"] = None
+    if model.config._attn_implementation != namespace:
+        raise LoweringError(f"{type(model).__name__} does not use transformers' attention interface",
                             "its attention cannot be replaced by one that a graph can hold", EAGER)
-    return lowered
+    return model

@@ -45,13 +45,9 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     wanted = None if policy is None else named_policy(policy)
     model = models.skeleton(model)
     cached = _PLANS.setdefault(model, {})
-    state = (model.dtype, model.device, model.config._attn_implementation,
-             getattr(model.config, "_experts_implementation", None))
-    labels = (wanted is None, phase, length, state)
+    labels = (wanted is None, phase, length, _state(model))
     if labels not in cached:
-        verified = model.device.type == "meta" or any(not stock and at == state for stock, _, _, at in cached)
-        cached[labels] = tuple(_stock(model, phase, length) if wanted is None else
-                               _lowered(model, phase, length, verified))
+        cached[labels] = tuple((_stock if wanted is None else _lowered)(model, phase, length))
     if wanted is None:
         return Plan(model.name_or_path, phase, None, length,
                     tuple(replace(o, segment="step") for o in cached[labels]),
@@ -59,8 +55,35 @@ def partition(model: Any, policy: str | Policy | None = "whole", phase: str = "d
     return Plan(model.name_or_path, phase, wanted, length, *assign(cached[labels], wanted))
 
 
+def plain(model: PreTrainedModel) -> bool:
+    """Whether verification alone, which takes a tenth of a trace's time, shows what a trace of the decode step would:
+    that all of it can be in one graph. What a trace would refuse is refused for its reasons."""
+    try:
+        with _refusing(model, f"{type(model).__name__} could not be lowered", EAGER):
+            return _verified(model)
+    except LoweringError:
+        partition(model)
+        raise
+
+
+def _verified(model: PreTrainedModel) -> bool:
+    """What `verify_lowered` gives, once for a model as it is now."""
+    known = _VERIFIED.setdefault(model, {})
+    state = _state(model)
+    if state not in known:
+        known[state] = verify_lowered(model)
+    return known[state]
+
+
+def _state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What labels depend on beside the model's class and config."""
+    return (model.dtype, model.device, model.config._attn_implementation,
+            getattr(model.config, "_experts_implementation", None))
+
+
 _PLANS: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[Op, ...]]] = (
     weakref.WeakKeyDictionary())
+_VERIFIED: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
 
 def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
@@ -70,12 +93,12 @@ def _stock(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
     return label(graph, controls, "the KV length" if phase == "decode" else "the prompt length")
 
 
-def _lowered(model: PreTrainedModel, phase: str, length: int, verified: bool) -> Iterator[Op]:
+def _lowered(model: PreTrainedModel, phase: str, length: int) -> Iterator[Op]:
     """The lowered forward, between the operation that prepares its inputs and the one that samples."""
     with _refusing(model, f"{type(model).__name__} could not be lowered", EAGER):
         graph_module, program = trace_lowered(model, phase, length)
-        if not verified:
-            verify_lowered(model)
+        if model.device.type != "meta":
+            _verified(model)
     fixed = dict(zip(map(id, program.inputs), ("token id", "position", "last row"), strict=True))
     controls = {
         node: fixed[id(getattr(graph_module, str(node.target)))]

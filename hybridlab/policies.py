@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from hybridlab.config import Policy, policy_name
+from hybridlab.config import REPLAYING, Policy, policy_name
 from hybridlab.errors import PlanError, nearest
-from hybridlab.plan import KINDS, ROLES, Op, Segment
+from hybridlab.plan import KINDS, ROLES, Op, Plan, Segment
 
 
 class Place(NamedTuple):
@@ -64,6 +64,16 @@ def refusal(ops: Sequence[Op], policy: Policy) -> str:
     except PlanError as error:
         return str(error)
     return ""
+
+
+def left_out(policy: Policy, arm: str, decode: Callable[[], Plan]) -> set[str]:
+    """Which of "prepare" and "sample" no graph of `arm` holds. The plan `decode` is made only where `policy` has names
+    that may mean them among others."""
+    ends = {"prepare", "sample"}
+    if arm not in REPLAYING:
+        return ends
+    names = {o.role for o in decode().ops if o.path != "graph"} if policy.between else {*policy.outside}
+    return ends & names
 
 
 def _outside(ops: Sequence[Op], policy: Policy) -> list[str | None]:

@@ -15,6 +15,7 @@ from hybridlab.buckets import bucket_for, captured_ahead, finite
 from hybridlab.cells import require_possible
 from hybridlab.client import Client
 from hybridlab.config import Policy, RuntimeConfig, Sampling, build
+from hybridlab.config import policy as named_policy
 from hybridlab.counters import Counters
 from hybridlab.engine import DEFAULT_MAX_LEN as DEFAULT_MAX_LEN
 from hybridlab.engine import Engine
@@ -22,6 +23,7 @@ from hybridlab.errors import PromptError
 from hybridlab.executors import Executor
 from hybridlab.frames import Build
 from hybridlab.plan import Plan
+from hybridlab.policies import left_out
 from hybridlab.request import Request, request
 from hybridlab.tokens import Output, Step, Token
 
@@ -70,7 +72,7 @@ class Runtime:
         holds the draw, draws of each kind. Any other length is captured when it is first asked for."""
         lengths = captured_ahead(self.buckets, exact=self.config.buckets == "exact")
         draws: list[dict[str, Any]] = [{}]
-        if any(op.role == "sample" and op.path == "graph" for op in self.plan.ops):
+        if "sample" not in left_out(named_policy(self.config.policy), self.config.arm, lambda: self.plan):
             draws += [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
         for draw in draws:
             self.warm_up(lengths, **draw)
@@ -93,7 +95,8 @@ class Runtime:
 
     @cached_property
     def plan(self) -> Plan:
-        """The partition of a decode step as this arm runs it; in arm eager, of the stock step."""
+        """The partition of a decode step as this arm runs it; in arm eager, of the stock step. Made when it is first
+        asked for, in seconds."""
         return self._engine.plan
 
     def generate(self, prompt: str | Iterable[int], max_new_tokens: int = 32, temperature: float = 0.0,

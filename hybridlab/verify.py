@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridlab.errors import LoweringError, ModelError
-from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lower, twin
+from hybridlab.lowering import EAGER, PLAIN, Inputs, Program, StaticKV, lowered, require, twin
+from hybridlab.tape import reads_back
 
 PROBE = 17  # tokens; all but the last are a prompt, the last is a decode step
 PADDED = 24  # rows that the prompt is padded to, as a bucket would
@@ -35,7 +38,7 @@ def verify_cached(model: PreTrainedModel) -> None:
             ids, cache = _probe(model), DynamicCache(config=model.config.get_text_config())
             for part in (ids[:, :-1], ids[:, -1:]):
                 out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            error = _error(model, ids, out.logits[0, -1:])
+            error = _error(out.logits[0, -1:], _own(model, ids, 1))
     except (RuntimeError, TypeError, ValueError, AttributeError) as raised:
         cause = f"{type(raised).__name__}: {raised}"
         raise ModelError(f"{name} does not decode over a KV cache", cause, remedy) from raised
@@ -44,28 +47,62 @@ def verify_cached(model: PreTrainedModel) -> None:
                          remedy)
 
 
-def verify_lowered(model: PreTrainedModel) -> None:
+def verify_lowered(model: PreTrainedModel) -> bool:
     """Raise `LoweringError` if a lowered prefill and decode step differ from the model's own forward.
 
-    Both run with sliding windows and soft-caps so narrow that a few tokens reach them.
+    Both run with sliding windows and soft-caps so narrow that a few tokens reach them. Returns whether the decode step
+    was seen to need nothing of the host, and to attend once a layer; a trace says what it is, if not.
     """
+    require(model)
     model = _narrowed(model)
     ids, config = _probe(model), model.config
     kv = StaticKV(config, PADDED, model.device, model.dtype)
     logits = torch.zeros((2, config.vocab_size), device=model.device)
-    module = lower(model, PLAIN)
     with torch.no_grad():
+        own = _own(model, ids, 2)
+        module = lowered(model, PLAIN)
         for step, part in enumerate((ids[:, :-1], ids[:, -1:])):
             count = part.shape[1]
             inputs = Inputs.of(1 if step else PADDED, model.device)
             inputs.ids[:, :count] = part
             inputs.positions.add_(step * (PROBE - 1))
             inputs.last.fill_(count - 1)
-            Program(module, kv, logits[step], inputs, PADDED)()
-        error = _error(model, ids, logits)
+            watch = _Watch()
+            with watch, _Reads(watch):
+                Program(module, kv, logits[step], inputs, PADDED)()
+        error = _error(logits, own)
     if error > TOLERANCE[model.dtype]:
         raise LoweringError(f"lowered logits of {type(model).__name__} differ from the model's own",
                             f"by {error:.1e} of the largest, after {PROBE} tokens in {model.dtype}", EAGER)
+    return not watch.host and sorted(watch.attended) == sorted(id(keys) for keys, _ in kv.layers)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes whether the host waits for a value of the operations that run meanwhile, and into which caches attention
+    writes. Products of experts may read back too, on some machines; that a trace knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = False
+        self.attended: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.host |= reads_back(func, args) or "grouped_mm" in str(func)
+        if func is torch.ops.hybridlab.attend.default:
+            self.attended.append(id(args[3]))
+        return func(*args, **(kwargs or {}))
+
+
+class _Reads(TorchFunctionMode):
+    """Notes values that leave a tensor without an operation of the dispatcher, as they do on a CPU."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.watch.host |= getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "__dlpack__")
+        return func(*args, **(kwargs or {}))
 
 
 def culprit(model: PreTrainedModel, ids: list[int]) -> str:
@@ -127,13 +164,15 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.arange(PROBE, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
 
 
-def _error(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> float:
-    """The largest difference to the model's forward over all ids at once, in units of the largest logit.
+def _own(model: PreTrainedModel, ids: Tensor, rows: int) -> Tensor:
+    """Logits of the last `rows` by the model's own forward over all ids at once: [rows, vocabulary]."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -rows:].float()
+    return logits
 
-    logits: [rows, vocabulary], of the last rows. 0 where the model itself gives NaN: broken weights are found, and
-    named, when a token is drawn.
-    """
-    wanted = model(input_ids=ids, use_cache=False).logits[0, -len(logits):].float()
+
+def _error(logits: Tensor, wanted: Tensor) -> float:
+    """The largest difference, in units of the largest logit wanted. 0 where the model itself gives NaN: broken weights
+    are found, and named, when a token is drawn."""
     if not torch.isfinite(wanted).all():
         return 0.0
     return float((logits.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
