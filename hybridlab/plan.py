@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import msgspec
-import pandas as pd
 
 from hybridlab.config import COMPILING, REPLAYING, Policy
 from hybridlab.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINDS = ("static", "device-dynamic", "host-dynamic")
 ROLES = {"pad": "prepare", "advance": "prepare", "attend": "attention", "greedy": "sample", "sample": "sample"}
@@ -74,6 +77,8 @@ class Plan:
 
     def table(self) -> pd.DataFrame:
         """One row an operation, in order; the columns are op, layer, kind, reason, segment, path, then the rest."""
+        import pandas as pd  # late: what serves asks for no table, and would import it for a second
+
         rows = [asdict(o) for o in self.ops]
         first = ["op", "layer", "kind", "reason", "segment", "path"]
         table = pd.DataFrame(rows).astype({"layer": "Int64"})
@@ -118,6 +123,8 @@ class Plan:
         Columns: layer, module, op, before and after (how many), kind_before, kind_after, reason (in `other` if it is
         there, else here).
         """
+        import pandas as pd  # late, as in `table`
+
         before, after = _by_place(self), _by_place(other)
         rows = []
         for place in dict.fromkeys((*before, *after)):

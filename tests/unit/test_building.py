@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +155,13 @@ def test_one_model_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
         model.to(torch.bfloat16)
         with pytest.raises(BaseException, match="verified again"):
             runtime(model)
+
+
+def test_serving_imports_nothing_that_only_a_plan_needs() -> None:
+    """A second or two of imports before the first token, for tables and traces that nobody has asked for."""
+    code = ("import sys, hybridlab as hl\n"
+            "with hl.Runtime('tiny', arm='graph', policy='full', capture='never', device='cpu') as runtime:\n"
+            "    assert runtime.generate([5], max_new_tokens=1).ids\n"
+            "print([m for m in ('pandas', 'networkx', 'plotly') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
