@@ -104,3 +104,20 @@ def test_being_watched_is_a_part(tmp_path, monkeypatch):
                        "followed / held": [1.5] * 6}
     said, *_ = result.reading().splitlines()
     assert said == "A gap of eager takes 1.50 [1.50, 1.50] times as long while an Explorer follows it as unobserved."
+
+
+def test_a_cold_start_says_what_serving_adds_to_loading(tmp_path, monkeypatch):
+    """The difference of two medians, of which no process says that it took so long; or one state's stages with the
+    other's."""
+    took = {"warm": [(1000.0, 1400.0), (3000.0, 3100.0), (2000.0, 2600.0)], "cold": [(500.0, 9500.0)] * 3}
+    rows = [{"caches": caches, "process": number, "stage": stage, "ms": 1.0, "total_ms": total}
+            for caches, ends in took.items() for number, pair in enumerate(ends)
+            for stage, total in zip(("model", "first token"), pair, strict=True)]
+    monkeypatch.setattr(systemlab.coldstart, "run", lambda **_: rows)
+    result = systemlab.run({"parts": ["coldstart"]}, root=tmp_path, progress=False)
+    table = result.table()
+    served = table[table["step"] == systemlab.SERVED]
+    assert list(zip(served["setting"], served["value"], served["n"], strict=True)) == [("warm", 400.0, 3),
+                                                                                       ("cold", 9000.0, 3)]
+    assert len(result.rows) == 12  # it follows from the rows, and is none
+    assert "With warm caches the first token is there 0.40 s after the weights were on the device." in result.reading()
