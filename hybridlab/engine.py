@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 
 from hybridlab import kernels, models, verify
 from hybridlab.buckets import ladder
-from hybridlab.config import RuntimeConfig, Sampling, policy
+from hybridlab.config import COMPILING, RuntimeConfig, Sampling, policy, policy_name
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, NonFinite, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
 from hybridlab.frames import Serve
+from hybridlab.fused import refusal
+from hybridlab.kernels import ahead
 from hybridlab.kernels.gemm import FEWEST
 from hybridlab.link import exclusive
-from hybridlab.lowered import LoweredExecutor, fuses
+from hybridlab.lowered import LoweredExecutor, cuts
 from hybridlab.lowering import twin
 from hybridlab.machine import ridge
 from hybridlab.partitioning import partition, plain
@@ -46,13 +48,12 @@ class Engine:
         if self.max_len > context:
             raise ConfigError(f"max_len is {config.max_len}", f"the model's context is {context} tokens",
                               "ask for no more")
-        self._require_lowerable()
-        self.fused = config.arm != "eager" and fuses(self.model, self._plan, config)
+        self.fused = self._fuses()
         few = FEWEST if self.fused and self.device.type == "cuda" else None
         self.buckets = ladder(config.buckets, self.max_len, self._ridge(), few)
         self.counters = Counters()
-        self.executor = self._make_executor()
         self._busy = threading.Lock()
+        self.executor = self._make_executor()
         self.closed = False
         self.client_ms: list[float] = []  # nothing stands between: a client's clock is the host's
         self.seen: Seen | None = None     # and whoever measures sees what happens here
@@ -63,6 +64,20 @@ class Engine:
             return None
         return ridge(self.device, self.model.dtype)
 
+    def _fuses(self) -> bool:
+        """Whether steps run through fused kernels. Raises `ConfigError` if they are asked for and cannot be."""
+        config = self.config
+        if config.kernels == "torch" or config.arm not in COMPILING:
+            return False
+        problem = refusal(self.model)
+        if problem is None and cuts(self.model, self._plan, config):
+            problem = (f"policy {policy_name(policy(config.policy))} keeps operations out of graphs that would be "
+                       "fused with others")
+        if problem is not None and config.kernels == "fused":
+            raise ConfigError("kernels is 'fused'", f"{type(self.model).__name__} cannot be: {problem}",
+                              "use kernels='torch'")
+        return problem is None and (config.kernels == "fused" or self.device.type == "cuda")
+
     def _require_lowerable(self) -> None:
         """Raise `LoweringError` or `PlanError` for what this arm cannot do with this model. A plan, which takes longer
         than everything else here, is made where a policy names what only a plan knows."""
@@ -70,9 +85,19 @@ class Engine:
             self._plan("decode")
 
     def _make_executor(self) -> Executor:
-        """Refuses a model that does not decode as it should."""
+        """Refuses a model that does not decode as it should, or that cannot be lowered. Fused kernels, whose families
+        have all that a step asks for, are compiled meanwhile."""
         if self.config.arm == "eager":
             return StockExecutor(self.model, self.config.run_ahead + 1)
+        if not self.fused or self.device.type != "cuda":
+            self._require_lowerable()
+            return self._lowered()
+        executor = self._lowered()
+        with self._owned(), ahead.compiling(executor.first_steps(), self.device):
+            self._require_lowerable()
+        return executor
+
+    def _lowered(self) -> LoweredExecutor:
         return LoweredExecutor(self.model, self._plan, self.config, self.fused, self.buckets, self.max_len,
                                self.counters)
 

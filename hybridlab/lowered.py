@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +14,9 @@ from hybridlab.buckets import bucket_for
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy, policy_name
 from hybridlab.counters import Counters
-from hybridlab.errors import CaptureFailed, ConfigError, StaleAddress
+from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.executors import Launched
-from hybridlab.fused import FusedStep, refusal
+from hybridlab.fused import FusedStep
 from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
@@ -172,6 +173,18 @@ class LoweredExecutor:
             program()
         self._sample()
 
+    def first_steps(self) -> list[Callable[[], None]]:
+        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself."""
+        return [partial(self._whole, phase, self.program(phase, rows))
+                for phase, rows in (("prefill", self.buckets[0]), ("decode", 1))]
+
+    def _whole(self, phase: str, program: Program) -> None:
+        self._prepare(phase, program)
+        program()
+        self._sample()
+        if self.config.steps > 1:
+            self.ring.emit()
+
     def _inside(self, phase: str, program: Program, controls: Controls) -> None:
         """The parts of a step that one capture holds, drawing as `controls` say."""
         if "prepare" not in self.outside:
@@ -280,22 +293,6 @@ def cuts(model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeCo
     """Whether a graph of a step of `model` is cut inside the forward."""
     return (config.arm in REPLAYING and bool(policy(config.policy).between)
             and cut(model, plan_of("decode")) is not None)
-
-
-def fuses(model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeConfig) -> bool:
-    """Whether steps of `model`, planned by `plan_of`, run through fused kernels.
-
-    Raises `ConfigError` if they are asked for and cannot be.
-    """
-    if config.kernels == "torch" or config.arm not in COMPILING:
-        return False
-    problem = refusal(model)
-    if problem is None and cuts(model, plan_of, config):
-        problem = (f"policy {policy_name(policy(config.policy))} keeps operations out of graphs that would be fused "
-                   "with others")
-    if problem is not None and config.kernels == "fused":
-        raise ConfigError("kernels is 'fused'", f"{type(model).__name__} cannot be: {problem}", "use kernels='torch'")
-    return problem is None and (config.kernels == "fused" or model.device.type == "cuda")
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -61,8 +61,8 @@ class SystemResult(experiment.Shown):
                  number(line["value"]) if line["value_low"] is None else interval(line, "value")]
                 for line in self.table().to_dict("records")]
         return Grid(f"Beside latency · {self.caption}", ["what", "step", "unit", "n", "median"], rows,
-                    "Medians, with 95 % intervals where n allows; cold start: ms since the process was started, or from "
-                    "one stage to another.")
+                    "Medians, with 95 % intervals where n allows; cold start: ms since the process was started, or "
+                    "from one stage to another.")
 
     def reading(self) -> str:
         """The result in words; every number is computed from the rows."""

@@ -6,7 +6,6 @@ decided by where the tensors are, so a graph captured on either holds the kernel
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import triton
 
 from hybridlab import ops
-from hybridlab.kernels import attend, attend_next, emit, gemm, gemv, inductor, inputs, sample
+from hybridlab.kernels import ahead, attend, attend_next, emit, gemm, gemv, inductor, inputs, sample
 
 _EARLIER_HOOK = triton.knobs.runtime.jit_post_compile_hook
 
 
 def _note_compile(**event: Any) -> Any:
-    inductor.COMPILED_BY.append((threading.get_ident(), str(event["repr"]).partition("[")[0]))
+    inductor.COMPILED_BY.append((ahead.asker(), str(event["repr"]).partition("[")[0]))
     return _EARLIER_HOOK(**event) if _EARLIER_HOOK else None
 
 
@@ -48,8 +47,9 @@ def bind(name: str, args: tuple[Any, ...]) -> Callable[[], None]:
 
 
 def compiled() -> list[str]:
-    """The kernels that this thread has compiled so far, by name: what another thread compiles is not this one's."""
-    own = threading.get_ident()
+    """The kernels that this thread has compiled so far, by name, itself or ahead: what another thread compiles is not
+    this one's."""
+    own = ahead.asker()
     return [name for thread, name in list(inductor.COMPILED_BY) if thread == own]
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab.kernels.ahead import Launched
+
 BLOCK_COLUMNS = 64
 PROGRAMS = 132   # that attention is split into where the number of multiprocessors is not known
 MOST_SPLITS = 16
@@ -19,6 +21,7 @@ STAGES = 2       # blocks of keys and values under way, of heads up to 256 bytes
 WAVES = 2        # programs of attention for each multiprocessor
 
 
+@Launched
 @triton.jit
 def _write(k, v, k_cache, v_cache, positions, k_head, k_row, v_head, v_row, cache_head, cache_row,
            dim: tl.constexpr, padded: tl.constexpr):
@@ -60,6 +63,7 @@ def _fold(query, k_cache, v_cache, base, cache_row, first, last, position, windo
     return higher, total * kept + tl.sum(weight, 1), mixed
 
 
+@Launched
 @triton.jit
 def _attend(q, k_cache, v_cache, positions, out, q_head, q_row, cache_head, cache_row, out_row, out_head,
             rows, group, span, window, scale, softcap,
@@ -111,6 +115,7 @@ def _rows(new, stored, base, cache_row, first, last, position, dim: tl.constexpr
     return tl.where((at == position)[:, None], new[None, :], rows)
 
 
+@Launched
 @triton.jit
 def _attend_part(q, k, v, k_cache, v_cache, positions, partial, q_head, k_head, v_head, cache_head, cache_row,
                  capacity, group, span, window, scale, softcap,
@@ -163,6 +168,7 @@ def _attend_part(q, k, v, k_cache, v_cache, positions, partial, q_head, k_head, 
     tl.store(slot + dim + 1, top, mask=member < group)
 
 
+@Launched
 @triton.jit
 def _combine(partial, out, out_head, dim: tl.constexpr, padded: tl.constexpr, splits: tl.constexpr):
     """One program puts the parts of one query head together."""

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridlab.kernels import attend
+from hybridlab.kernels.ahead import Launched
 from hybridlab.kernels.gemv import _launch, _start
 
 if hasattr(tl.extra, "cuda"):
@@ -50,6 +51,7 @@ def _rows(k_cache, v_cache, base, first, last, dim: tl.constexpr, padded: tl.con
     return low, high, values
 
 
+@Launched
 @triton.jit
 def _attend_next(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, partial, arrived, out,
                  cache_head, capacity, group, heads, kv_heads, scale, window,
@@ -148,6 +150,7 @@ def _combine(partial, arrived, out, mixed, total, top, head, valid, kv_head, spl
             tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _turn(qkv, cos, sin, q_gain, k_gain, eps, k_cache, v_cache, positions, out, cache_head, capacity, heads, kv_heads,
           dim: tl.constexpr, halved: tl.constexpr, block_heads: tl.constexpr, normed: tl.constexpr, pdl: tl.constexpr):

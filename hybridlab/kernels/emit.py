@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab.kernels.ahead import Launched
 
+
+@Launched
 @triton.jit
 def _emit(token, stops, state, ring, depth, width: tl.constexpr):
     """One store of eight bytes carries a token and its number, so that the host never sees one without the other."""

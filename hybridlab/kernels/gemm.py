@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hybridlab import tuning
 from hybridlab.fusedops import halves
+from hybridlab.kernels.ahead import Launched, reading
 from hybridlab.kernels.gemv import _launch, _start, _tuned
 from hybridlab.tuning import LIBRARY, Tile
 
@@ -24,6 +25,7 @@ FEWEST = tuning.TOKENS[1]  # tokens of the smallest tile
 BLOCK = 1024
 
 
+@Launched
 @triton.jit
 def _norm(x, gain, eps, out, depth: tl.constexpr, padded: tl.constexpr, pdl: tl.constexpr):
     """RMSNorm of one row."""
@@ -35,6 +37,7 @@ def _norm(x, gain, eps, out, depth: tl.constexpr, padded: tl.constexpr, pdl: tl.
     tl.store(out + row + column, result.to(out.dtype.element_ty), mask=column < depth)
 
 
+@Launched
 @triton.jit
 def _gate(both, out, rows, pitch, block: tl.constexpr):
     """A part of one token: `rows` of the gate and after them as many that it lets through. `out` may be the memory of
@@ -63,6 +66,7 @@ def _times(rows, valid, x, token, tokens, pitch, depth: tl.constexpr, block: tl.
     return total
 
 
+@Launched
 @triton.jit
 def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, pitch, width, a_rows, b_rows, c_rows,
              depth: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
@@ -89,6 +93,7 @@ def _project(x, a, b, c, a_bias, b_bias, c_bias, out, tokens, pitch, width, a_ro
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _swiglu(x, gate, up, out, tokens, pitch, rows, depth: tl.constexpr, pdl: tl.constexpr,
             block_tokens: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr):
@@ -125,6 +130,8 @@ def residual(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, out: Ten
     if tile != LIBRARY:
         _multiply(x, (weight, None, None), (bias, None, None), True, pdl, out, tile)
         return
+    if reading():
+        return
     with _fast_library(x):
         out.addmm_(x, weight.t())
     if bias is not None:
@@ -157,6 +164,8 @@ def _twice(out: Tensor) -> Tensor:
 
 def _by_library(x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], out: Tensor) -> None:
     """Products with each matrix, side by side in `out`."""
+    if reading():
+        return
     base = 0
     with _fast_library(x):
         for weight, bias in zip(weights, biases, strict=True):

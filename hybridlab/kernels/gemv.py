@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridlab import tuning
 from hybridlab.fusedops import halves
+from hybridlab.kernels.ahead import Launched
 from hybridlab.tuning import Tile
 
 if hasattr(tl.extra, "cuda"):
@@ -46,6 +47,7 @@ def _vector(x, gain, start, depth: tl.constexpr, block: tl.constexpr, normed: tl
     return scaled, plain * plain
 
 
+@Launched
 @triton.jit
 def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, a_rows, b_rows, c_rows,
              depth: tl.constexpr, normed: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, pdl: tl.constexpr,
@@ -82,6 +84,7 @@ def _project(x, gain, eps, a, b, c, a_bias, b_bias, c_bias, out, a_rows, b_rows,
     tl.store(out + base + row, result.to(x.dtype.element_ty).to(out.dtype.element_ty), mask=row < rows)
 
 
+@Launched
 @triton.jit
 def _swiglu(x, gain, eps, gate, up, out, rows, depth: tl.constexpr, pdl: tl.constexpr,
             block_rows: tl.constexpr, block: tl.constexpr):

@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab.kernels.ahead import Launched
+
 BLOCK = 256
 
 
+@Launched
 @triton.jit
 def _pad(prompt, length, ids, last, bucket, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -18,6 +21,7 @@ def _pad(prompt, length, ids, last, bucket, block: tl.constexpr):
         tl.store(last, tl.minimum(count, bucket) - 1)
 
 
+@Launched
 @triton.jit
 def _advance(token, ids, positions):
     tl.store(ids, tl.maximum(tl.load(token), 0))

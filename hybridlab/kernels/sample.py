@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridlab.kernels.ahead import Launched
+
 BLOCK = 4096  # entries of a program, of a vocabulary that `work` has enough parts for
 HEAD = 3      # numbers before those of the parts
 BITS = 4      # of the 32 of a threshold, found by one launch
@@ -42,6 +44,7 @@ def _uniform(seed, position, entry):
     return (bits.to(tl.uint32, bitcast=True) >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
 
 
+@Launched
 @triton.jit
 def _draw(logits, seed, positions, temperature, work, token, count, parts,
           random: tl.constexpr, filtered: tl.constexpr, head: tl.constexpr, block: tl.constexpr, width: tl.constexpr):
@@ -63,6 +66,7 @@ def _draw(logits, seed, positions, temperature, work, token, count, parts,
         tl.store(token, tl.where(finite, index, -1))
 
 
+@Launched
 @triton.jit(do_not_specialize=["shift"])
 def _narrow(logits, temperature, token, limit, work, count, parts, shift,
             by_mass: tl.constexpr, head: tl.constexpr, ways: tl.constexpr, block: tl.constexpr, width: tl.constexpr):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hybridlab as hl
-from hybridlab import loop
+from hybridlab import kernels, loop
 from hybridlab.kernels import gemm
 from hybridlab.tuning import LIBRARY
 
@@ -58,6 +58,27 @@ def test_starting_early_changes_no_bit(dtype: torch.dtype) -> None:
                 ids = runtime.generate(PROMPT, max_new_tokens=240, stop=[]).ids
                 drawn.add((*ids, runtime._executor.logits.double().sum().item()))
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(("arm", "steps", "width"), [("jit", 1, 640), ("hybrid", 1, 768), ("hybrid", 4, 896)])
+def test_the_first_request_compiles_nothing(arm: str, steps: int, width: int) -> None:
+    """Kernels compiled ahead for what no launch is: other alignments, numbers or warps; a kernel that is forgotten; or
+    compilations in threads of their own that no runtime counts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width + 4}  # of no other model: nothing is compiled yet
+    config = AutoConfig.for_model("llama", **{**BASE, **sizes})
+    model, before = AutoModelForCausalLM.from_config(config).eval().to("cuda", torch.float16), kernels.compiles()
+    with hl.Runtime(model, arm=arm, kernels="fused", policy="full", max_len=320, steps=steps) as runtime:
+        compiled = runtime.counters.compiles
+        assert compiled == kernels.compiles() - before
+        assert compiled >= 10
+        for _ in range(2):
+            runtime.generate(PROMPT[:runtime.buckets[0]], max_new_tokens=6, stop=[])
+            runtime.settle()
+        assert runtime.counters.compiles == compiled, kernels.compiled()[before + compiled:]
+        assert runtime.counters.failures == 0
+    with hl.Runtime(model, arm=arm, kernels="fused", policy="full", max_len=320, steps=steps) as runtime:
+        assert runtime.counters.compiles == 0
 
 
 def test_decode_begins_before_the_first_token_is_read() -> None:

@@ -1,0 +1,101 @@
+"""Triton kernels compiled before they are launched, several at once, for exactly what a step will launch.
+
+The first launch of a kernel compiles it, builds its launcher and loads it: half a second, in which other programs work
+for most of the time. So the step runs once without its launches, which says what they are, and threads do the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_READ: ContextVar[set[Any] | None] = ContextVar("read", default=None)  # kinds of launches of a step that is read now
+_ASKER: ContextVar[int | None] = ContextVar("asker", default=None)     # the thread that this one compiles for
+
+
+class Launched:
+    """Decorates a Triton kernel: `kernel[grid](...)` launches it, or, while a step is read, has it compiled."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        kinds = _READ.get()
+        return self.kernel[grid] if kinds is None else partial(self._asked, kinds, grid)  # type: ignore[no-any-return]
+
+    def _asked(self, kinds: set[Any], grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kind = (id(self), *map(_kind, args), *options.items())
+        if kind not in kinds:
+            kinds.add(kind)
+            self.kernel.warmup(*args, grid=grid, **options)
+
+
+def _kind(value: Any) -> Any:
+    """What a kernel may be compiled for; of numbers it is less than their value."""
+    return (value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+
+
+def reading() -> bool:
+    """Whether a step is read: what is no kernel of ours has nothing to do then."""
+    return _READ.get() is not None
+
+
+def asker() -> int:
+    """The thread whose work this is."""
+    return _ASKER.get() or threading.get_ident()
+
+
+@contextmanager
+def compiling(steps: Sequence[Callable[[], None]], device: torch.device) -> Iterator[None]:
+    """Compiles and loads what `steps` launch on a GPU while the body runs, and is done when that has ended.
+
+    Steps run without launching; what else they do to their tensors, they do. A kernel that cannot be compiled is left
+    to its launch, which says why. Compilations count as the calling thread's.
+    """
+    if not steps:
+        yield
+        return
+    with ThreadPoolExecutor(1, "hybridlab-ahead") as thread:
+        done = thread.submit(_compile, steps, device, threading.get_ident())
+        yield
+        done.result()
+
+
+def _compile(steps: Sequence[Callable[[], None]], device: torch.device, asker: int) -> None:
+    torch.cuda.set_device(device)
+    _ASKER.set(asker)
+    loading = _Loading(thread_name_prefix="hybridlab-compile", initializer=partial(torch.cuda.set_device, device))
+    with loading, triton.AsyncCompileMode(loading, ignore_errors=True), torch.no_grad():
+        _READ.set(set())
+        try:
+            for step in steps:
+                step()
+        except Exception as error:  # the first request meets it too, and tells it
+            log.info("kernels are compiled when they are launched · %s: %s", type(error).__name__, error)
+        finally:
+            _READ.set(None)
+    torch.cuda.current_stream().synchronize()  # whoever serves may do so on another stream
+
+
+class _Loading(ThreadPoolExecutor):
+    """Threads that load what they have compiled: a kernel's launcher may have to be compiled, too."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def whole() -> Any:
+            kernel = fn(*args, **kwargs)
+            assert kernel.run is not None  # asking for it builds and loads
+            return kernel
+
+        return super().submit(whole)
