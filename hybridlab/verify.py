@@ -61,20 +61,24 @@ def verify_lowered(model: PreTrainedModel) -> bool:
     with torch.no_grad():
         own = _own(model, ids, 2)
         module = lowered(model, PLAIN)
-        for step, part in enumerate((ids[:, :-1], ids[:, -1:])):
-            count = part.shape[1]
-            inputs = Inputs.of(1 if step else PADDED, model.device)
-            inputs.ids[:, :count] = part
-            inputs.positions.add_(step * (PROBE - 1))
-            inputs.last.fill_(count - 1)
-            watch = _Watch()
-            with watch, _Reads(watch):
-                Program(module, kv, logits[step], inputs, PADDED)()
+        _program(module, kv, logits[0], ids[:, :-1], 0, PADDED)()
+        decode, watch = _program(module, kv, logits[1], ids[:, -1:], PROBE - 1, 1), _Watch()
+        with watch, _Reads(watch):
+            decode()
         error = _error(logits, own)
     if error > TOLERANCE[model.dtype]:
         raise LoweringError(f"lowered logits of {type(model).__name__} differ from the model's own",
                             f"by {error:.1e} of the largest, after {PROBE} tokens in {model.dtype}", EAGER)
     return not watch.host and sorted(watch.attended) == sorted(id(keys) for keys, _ in kv.layers)
+
+
+def _program(module: PreTrainedModel, kv: StaticKV, logits: Tensor, ids: Tensor, start: int, rows: int) -> Program:
+    """What reads `ids` at the positions from `start` on, padded to `rows`."""
+    count, inputs = ids.shape[1], Inputs.of(rows, module.device)
+    inputs.ids[:, :count] = ids
+    inputs.positions.add_(start)
+    inputs.last.fill_(count - 1)
+    return Program(module, kv, logits, inputs, PADDED)
 
 
 class _Watch(TorchDispatchMode):

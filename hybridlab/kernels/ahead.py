@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.cache import triton_key
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,20 @@ def asker() -> int:
     return _ASKER.get() or threading.get_ident()
 
 
+@cache
+def preparing() -> list[Future[Any]]:
+    """Begins, once a process and on threads of its own, what the first compilation does before it compiles: Triton
+    reads all of itself, and builds what it calls the driver by. Half a second, worth beginning early."""
+    threads = ThreadPoolExecutor(2, "hybridlab-prepare")
+    begun: list[Future[Any]] = [threads.submit(triton_key), threads.submit(_driver)]
+    threads.shutdown(wait=False)
+    return begun
+
+
+def _driver() -> None:
+    triton.compiler.make_backend(triton.runtime.driver.active.get_current_target()).hash()
+
+
 @contextmanager
 def compiling(steps: Sequence[Callable[[], None]], device: torch.device) -> Iterator[None]:
     """Compiles and loads what `steps` launch on a GPU while the body runs, and is done when that has ended.
@@ -74,6 +89,7 @@ def compiling(steps: Sequence[Callable[[], None]], device: torch.device) -> Iter
 
 
 def _compile(steps: Sequence[Callable[[], None]], device: torch.device, asker: int) -> None:
+    wait(preparing())  # if it went wrong, so does what follows
     torch.cuda.set_device(device)
     _ASKER.set(asker)
     loading = _Loading(thread_name_prefix="hybridlab-compile", initializer=partial(torch.cuda.set_device, device))
