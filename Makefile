@@ -9,6 +9,8 @@ READY := .venv/.ready
 # torch.compile's kernels are kept here, so that the second run finds them.
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TOKENIZERS_PARALLELISM := false
+# Packages are compiled when first imported, as pip is told not to: where that is not kept, each process compiles again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Two files of tests side by side, each on one thread; with a GPU one after the other, as they watch its memory.
 SIDE_BY_SIDE := $(if $(shell command -v nvidia-smi 2>/dev/null),,-n 2 --dist loadfile)
