@@ -313,6 +313,15 @@ def test_readme_ci_and_makefile_name_the_same_commands() -> None:
         assert re.search(rf"^ +{command} ", listed, flags=re.MULTILINE), f"README names make {command}"
 
 
+def test_what_python_compiles_is_kept() -> None:
+    """pip compiles no package ahead, so where nothing is kept each process of a test compiles PyTorch anew."""
+    shown = subprocess.run(["make", "-s", "-f", "Makefile", "-f", "-", "shown"], cwd=ROOT, input="shown: ; @env\n",
+                           capture_output=True, text=True, timeout=60,
+                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}).stdout
+    assert "TORCHINDUCTOR_CACHE_DIR=" in shown
+    assert "PYTHONDONTWRITEBYTECODE" not in shown
+
+
 def test_modules_stay_short() -> None:
     """Prevents a module from growing past what one reads in one go."""
     long = {shown(path): n for path in sources() if (n := len(path.read_text().splitlines())) > LINES_LIMIT}
