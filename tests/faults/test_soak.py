@@ -18,7 +18,7 @@ from hybridlab import cli, committed, growth, records, soak
 from hybridlab.config import SoakConfig
 from hybridlab.errors import ConfigError, RunError, StatisticsError
 
-SHORT = {"minutes": 1.0, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
+SHORT = {"minutes": 0.3, "arm": "graph", "cache_graphs": 2, "device": "cpu"}  # eight lengths, of which two are held
 
 
 @pytest.fixture(autouse=True)
