@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client import AsyncKernelManager
 
 from hybridlab import answers, kernelanswers, notebooks, paperlab, published, records
 from hybridlab.config import ARMS
@@ -296,9 +300,70 @@ def test_an_interrupt_leaves_a_verdict_and_no_kernel(tmp_path: Path) -> None:
 
 # ---- the notebooks themselves ---------------------------------------------------------------------------------------
 
+# What a fresh kernel would do before a cell: nothing of another notebook stays but imports, which `hl.NAME` makes by
+# itself, compiled kernels, and the rates of this machine, which take seconds to measure.
+FRESH = """
+get_ipython().reset()
+import functools, os
+from hybridlab import roofline
+os.environ.update({variables!r})
+os.chdir({folder!r})
+if not hasattr(roofline.measure, "cache_info"):
+    roofline.measure = functools.cache(roofline.measure)
+del functools, os, roofline
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The process of one kernel, and how to reach it, for notebooks of which each would import, compile and measure the
+    same for half a minute. Those written above start their own."""
+    with notebooks._kernel_manager(tmp_path_factory.mktemp("kernel"), ()) as own:
+        manager = own()
+        asyncio.run(manager.start_kernel())
+        yield manager.provisioner.pid, manager.get_connection_info()
+        asyncio.run(manager.shutdown_kernel(now=True))
+
+
+@pytest.fixture
+def shared(kernel: tuple[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `notebooks.run` find that kernel where it would start one."""
+    pid, connection = kernel
+
+    @contextmanager
+    def manager(run_path: Path, held: tuple[int, ...]) -> Iterator[type[AsyncKernelManager]]:
+        variables = {records.RUN_VARIABLE: str(run_path)}
+
+        class Shared(AsyncKernelManager):
+            async def start_kernel(self, **_: Any) -> None:
+                self.load_connection_info(connection)
+                client = self.client()
+                client.start_channels()
+                await client.wait_for_ready(60)
+                code = FRESH.format(variables=variables, folder=str(Path.cwd()))
+                done = await client.execute_interactive(code, timeout=60)
+                client.stop_channels()
+                assert done["content"]["status"] == "ok", done
+
+            async def _async_is_alive(self) -> bool:  # asked by clients, for which a dead kernel must not be slow
+                return alive(pid)
+
+            is_alive = _async_is_alive
+
+            async def shutdown_kernel(self, **_: Any) -> None:
+                pass
+
+            cleanup_resources = shutdown_kernel
+
+        yield Shared
+
+    monkeypatch.setattr(notebooks, "_kernel_manager", manager)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in (CACHE, KERNELS, TRACES, PAPER)],
                          ids=lambda path: path.stem)
+@pytest.mark.usefixtures("shared")
 def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path) -> None:
     """A notebook that drifts from the package fails for the reader; here it fails first."""
     small = {"lengths": [3, 9], "new_tokens": 4, "repeats": 1, "itl_repeats": 1, "warmup": 1, "budget_s": 5.0,
@@ -322,6 +387,7 @@ def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared")
 def test_the_cache_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> None:
     """A question that is posed and answered with "not in these rows" would leave the reader with nothing."""
     small = {"requests": 12, "compare": [{"capture": "never"}, {"capture": "async"}], "cost_lengths": [9],
@@ -338,6 +404,7 @@ def test_the_cache_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared")
 def test_the_kernel_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> None:
     """An answer "not in these rows" to a question that the notebook poses would leave the reader with nothing."""
     small = {"lengths": [1, 20], "variants": ["torch", "kernel"], "repeats": 6, "device": "cpu"}
@@ -355,6 +422,7 @@ def test_the_kernel_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared")
 def test_the_paper_notebook_runs_and_judges_every_claim(tmp_path: Path) -> None:
     """A reproduction without one of its parts, or whose ledger shows claims and no verdicts."""
     parts = [part for part in PAPER_PARTS if part not in ("protocol", "capture")]  # these: test_paperlab
@@ -407,6 +475,7 @@ def require_figures(path: Path) -> None:
     assert all("text/html" in figure["data"] for figure in figures), "it would vanish from an HTML export"
 
 
+@pytest.mark.usefixtures("shared")
 def test_the_trace_notebook_shows_each_arm(tmp_path: Path) -> None:
     """Notebook 09 records events and no latencies: an arm that it lost would leave one without an explanation."""
     small = {"arms": ["eager", "graph"], "length": 5, "traced_tokens": 3, "warmup": 1}

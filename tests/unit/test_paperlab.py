@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from hybridlab import (
     paperviews,
     progress,
     records,
+    roofline,
     stats,
 )
 from hybridlab.errors import ConfigError, MeasureError, ModelError, PromptError, RunError
@@ -36,6 +39,14 @@ CONFIG: dict[str, Any] = {
 def _own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(records.RUN_VARIABLE, raising=False)
     monkeypatch.setenv("HYBRIDLAB_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rates() -> Iterator[None]:
+    """This machine's rates, which take seconds to measure, are measured once for all runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "measure", functools.cache(roofline.measure))
+        yield
 
 
 @pytest.fixture(scope="module")
