@@ -12,8 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 # Packages are compiled when first imported, as pip is told not to: where that is not kept, each process compiles again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two files of tests side by side, each on one thread; with a GPU one after the other, as they watch its memory.
-SIDE_BY_SIDE := $(if $(shell command -v nvidia-smi 2>/dev/null),,-n 2 --dist loadfile)
+# Two files of tests side by side, each on one thread, the longest folders first, so that none is alone at the end; with
+# a GPU one after the other, as they watch its memory.
+SIDE_BY_SIDE := $(if $(shell command -v nvidia-smi 2>/dev/null),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test lab lint audit fuzz setup compiler chromium clean
