@@ -20,7 +20,7 @@ from hybridlab.errors import CaptureClosed, CaptureFailed, StaleAddress
 CPU = torch.device("cpu")
 KEYS = st.integers(0, 6)
 PINS = st.sampled_from([False, False, False, False, False, True])
-STEPS = settings(max_examples=150, stateful_step_count=40, deadline=None)
+STEPS = settings(max_examples=75, stateful_step_count=40, deadline=None)
 
 
 class Cell:

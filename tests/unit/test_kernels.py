@@ -169,7 +169,7 @@ def test_triton_sampler_draws_the_same_tokens(entries: int, top_k: int | None, t
     """A threshold or a random number that differs from the specification by one bit."""
     torch.manual_seed(entries)
     logits, space = (torch.randn(entries) * 3).to(DEVICE), work()
-    for seed in (0, 1, 2**31 + 7, 2**40 + 5, 2**63 - 1):
+    for seed in (1, 2**31 + 7, 2**63 - 1):  # a sign bit of either half
         require_same(logits, space, seed, seed % 999, top_k, top_p)
     require_same(logits, space)
 
@@ -209,7 +209,7 @@ def test_triton_thresholds_keep_ties(top_k: int | None, top_p: float | None) -> 
     """Of equal entries at a threshold, some in another program, as many kept as top-k says, or a -0 dropped."""
     logits, space = torch.full((9000,), -50.0, device=DEVICE), work()
     logits[:9000:900], logits[1800] = 0.0, -0.0
-    drawn = {require_same(logits, space, 5, position, top_k, top_p) for position in range(8)}
+    drawn = {require_same(logits, space, 5, position, top_k, top_p) for position in range(5)}
     assert len(drawn) > 2
     assert all(token % 900 == 0 for token in drawn)
 
