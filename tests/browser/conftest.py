@@ -1,4 +1,5 @@
-"""One JupyterLab on the loopback and one headless Chromium for all browser tests; without Chromium they say so."""
+"""One JupyterLab on the loopback and one headless Chromium for all browser tests, which end with the last of them;
+without Chromium they say so."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ class Lab:
         return str(until(steady, READY_S, "a kernel that is ready"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """JupyterLab as `make lab` starts it, over a copy of the notebooks, with settings of its own; 00 warms up less."""
     home = tmp_path_factory.mktemp("lab")
@@ -121,7 +122,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             server.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
