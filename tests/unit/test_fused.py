@@ -100,7 +100,7 @@ def test_one_graph_serves_every_length_and_a_second_request() -> None:
 
 def test_no_weight_is_copied() -> None:
     """A second copy of the weights in memory: 13 GiB for Llama-2-7B."""
-    model = build("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    model = build("llama")
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     smallest = min(p.numel() for p in model.parameters() if p.dim() == 2)
     with fused(model, max_len=16, buckets=[16]) as runtime:

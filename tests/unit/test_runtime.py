@@ -24,7 +24,7 @@ from hybridlab.errors import (
 )
 
 LENGTHS = (1, 9, 10, 63, 64, 65, 127, 500)
-NEW = 64
+NEW = 32
 
 
 @pytest.fixture(scope="module")
