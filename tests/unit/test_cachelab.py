@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from hybridlab import cachelab, cachetables, experiment, models, records, serving, stats, workload
-from hybridlab.config import CacheConfig, RunConfig
+from hybridlab.config import CacheConfig, RunConfig, build
 from hybridlab.errors import ConfigError, ModelError, PromptError, RunError, StatisticsError
 from hybridlab.parameters import compared
 from hybridlab.workload import Asked
@@ -99,11 +99,18 @@ def test_a_run_is_recorded_and_told(trace: str, tmp_path: Path) -> None:
         experiment.Result.open(result.path)
 
 
-def test_every_kind_of_kernels_is_compiled_before_a_pass(trace: str) -> None:
+def test_every_kind_of_kernels_is_compiled_before_a_pass(trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends minutes later, as one setting's kernels are not those that warming up compiled."""
-    compare = [{"capture": "never", "buckets": LADDER, "kernels": kernels} for kernels in ("torch", "fused")]
-    result = cachelab.run(CONFIG | {"trace": trace, "repeats": 1, "compare": compare}, progress=False)
-    assert result.rows["setting"].nunique() == 2
+    compare = [{"capture": "never", "kernels": "torch"}, {"capture": "sync", "kernels": "fused"},
+               {"capture": "async", "kernels": "fused", "cache_graphs": 4}, {"buckets": LADDER}]
+    config = build(CacheConfig, CONFIG | {"trace": trace, "compare": compare})
+    lab, warmed = cachelab.Lab(models.load(config.model, device="cpu", dtype="float16"), config, print), []
+    real = lab.runtime
+    monkeypatch.setattr(lab, "runtime", lambda **changes: warmed.append(changes) or real(arm="jit", kernels="torch"))
+    monkeypatch.setattr(lab, "_answer", lambda *_: [])
+    lab.warm_up()
+    each = [{"kernels": "torch"}, {"kernels": "fused"}, {"buckets": LADDER}]
+    assert warmed == [*({**changes, "capture": "never"} for changes in each), {"kernels": "torch", "capture": "sync"}]
 
 
 def test_a_sync_miss_is_no_hit(trace: str) -> None:
