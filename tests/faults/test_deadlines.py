@@ -28,6 +28,9 @@ ALLOWED = {
     ("behind.py", "self._orders.get()"): "the capture thread waits for work; it is a daemon, and whoever waits for it "
                                          "does so with a deadline",
     ("lowering.py", "_BOUND.get()"): "a context variable",
+    ("kernels/ahead.py", "_READ.get()"): "a context variable",
+    ("kernels/ahead.py", "_ASKER.get()"): "a context variable",
+    ("kernels/ahead.py", "done.result()"): "kernels are compiled, for which their first launch would wait as long",
     ("frames.py", "receive(timeout_s=None)"): "a worker waits for its client's next order; it ends with its client",
     ("frames.py", "send(timeout_s=None)"): "a worker's answer, which its client may leave unread; it ends with it",
 }
