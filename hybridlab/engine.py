@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hybridlab import kernels, models, verify
 from hybridlab.buckets import ladder
-from hybridlab.config import COMPILING, RuntimeConfig, Sampling, policy, policy_name
+from hybridlab.config import COMPILING, RuntimeConfig, Sampling, policy
 from hybridlab.counters import Counters
 from hybridlab.errors import ConfigError, NonFinite, RuntimeClosed
 from hybridlab.executors import Executor, Launched, StockExecutor
@@ -72,18 +72,17 @@ class Engine:
         if config.kernels == "torch" or config.arm not in COMPILING:
             return False
         problem = refusal(self.model)
-        if problem is None and cuts(self.model, self._plan, config):
-            problem = (f"policy {policy_name(policy(config.policy))} keeps operations out of graphs that would be "
-                       "fused with others")
-        if problem is not None and config.kernels == "fused":
-            raise ConfigError("kernels is 'fused'", f"{type(self.model).__name__} cannot be: {problem}",
-                              "use kernels='torch'")
-        return problem is None and (config.kernels == "fused" or self.device.type == "cuda")
+        if config.kernels == "fused":  # whose policy cuts nothing, see `cells.require_possible`
+            if problem is not None:
+                raise ConfigError("kernels is 'fused'", f"{type(self.model).__name__} cannot be: {problem}",
+                                  "use kernels='torch'")
+            return True
+        return problem is None and self.device.type == "cuda" and not cuts(self.model, self._plan, config)
 
     def _require_lowerable(self) -> None:
         """Raise `LoweringError` or `PlanError` for what this arm cannot do with this model. A plan, which takes longer
         than everything else here, is made where a policy names what only a plan knows."""
-        if self.config.arm != "eager" and (policy(self.config.policy).between or not plain(self.model)):
+        if policy(self.config.policy).between or not plain(self.model):
             self._plan("decode")
 
     def _make_executor(self) -> Executor:

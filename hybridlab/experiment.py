@@ -30,7 +30,7 @@ from hybridlab import (
 )
 from hybridlab.cells import cells, require_distinct, require_possible, require_steps
 from hybridlab.children import asked
-from hybridlab.config import COMPILING, RunConfig, RuntimeConfig, as_dict, build
+from hybridlab.config import RunConfig, RuntimeConfig, as_dict, build
 from hybridlab.errors import RunError
 from hybridlab.progress import Report, reporter
 from hybridlab.runtime import Runtime
@@ -214,8 +214,7 @@ def _checked(config: RunConfig | Mapping[str, Any]) -> RunConfig:
     config = build(RunConfig, as_dict(config) if isinstance(config, RunConfig) else config)
     require_distinct(config)
     for cell in cells(config).values():
-        if cell.arm in COMPILING:
-            require_possible(RuntimeConfig(arm=cell.arm, policy=cell.policy, kernels=cell.kernels))
+        require_possible(RuntimeConfig(arm=cell.arm, policy=cell.policy, kernels=cell.kernels))
     require_steps(config, on_cpu=models.resolve_device(config.device).type == "cpu")
     return config
 
