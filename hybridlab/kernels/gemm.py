@@ -192,11 +192,15 @@ def _fast_library(x: Tensor) -> Iterator[None]:
 
 @cache
 def _warned() -> None:
-    """PyTorch warns once in a process that choosing a library is experimental; here that would tell nobody anything."""
+    """PyTorch warns once in a process that choosing a library is experimental; here that would tell nobody anything.
+
+    Its warnings pass through Python's filters only inside of calls that look for them, as `apply_` does; elsewhere
+    they are written to the process's standard error.
+    """
     before = torch.backends.cuda.preferred_blas_library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.zeros(1).apply_(lambda _: float(torch.backends.cuda.preferred_blas_library("cublaslt") is None))
     torch.backends.cuda.preferred_blas_library(before)
 
 
