@@ -46,6 +46,10 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
     if isinstance(spec, torch.nn.Module):
         return _instance(spec, device, wanted)
     name, target = _name(spec), resolve_device(device)
+    if target.type == "cuda":
+        from hybridlab.kernels import ahead  # late: it imports compilers, which whoever only plans does not need
+
+        ahead.preparing()
     if name.startswith(names.RANDOM):
         model = _random(name, target, wanted)
         model.tokenizer = None

@@ -61,11 +61,16 @@ def asker() -> int:
 @cache
 def preparing() -> list[Future[Any]]:
     """Begins, once a process and on threads of its own, what the first compilation does before it compiles: Triton
-    reads all of itself, and builds what it calls the driver by. Half a second, worth beginning early."""
-    threads = ThreadPoolExecutor(2, "hybridlab-prepare")
-    begun: list[Future[Any]] = [threads.submit(triton_key), threads.submit(_driver)]
+    reads all of itself, imports its other language, and builds what it calls the driver by. Half a second, in which
+    weights can be loaded."""
+    threads = ThreadPoolExecutor(3, "hybridlab-prepare")
+    begun: list[Future[Any]] = [threads.submit(step) for step in (triton_key, _languages, _driver)]
     threads.shutdown(wait=False)
     return begun
+
+
+def _languages() -> None:
+    import triton.experimental.gluon  # noqa: F401 - the first launch asks of each argument whether it is one of its
 
 
 def _driver() -> None:
