@@ -99,7 +99,8 @@ def test_case_19_a_worker_is_gone_ten_seconds_after_its_parent(tmp_path):
 
 @pytest.mark.gpu
 def test_case_19_gpu_memory_is_back_after_the_parent(tmp_path):
-    """Weights of a worker that nobody can reach any more keep the GPU for whoever comes next."""
+    """Weights of a worker that nobody can reach any more keep the GPU for whoever comes next. What is free is counted
+    of the whole GPU: nothing else may run on it meanwhile."""
     import torch
 
     code = PARENT.replace('hl.load("tiny", device="cpu")', '"random:tiny-llama-2-7b"').replace('"cpu"', '"cuda"')

@@ -17,9 +17,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
               pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer of the CUDA toolkit is not installed")]
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = 86  # its exit code when it found something
-# cuBLAS's kernels on Hopper: racecheck takes barriers between their asynchronous copies for hazards, and told to leave
-# these kernels out it ends in an illegal access.
-LIBRARY = "nvjet"
 
 
 @pytest.mark.slow
@@ -36,6 +33,10 @@ def test_kernels_touch_only_what_is_theirs(tool: str) -> None:
         env=os.environ | found, capture_output=True, text=True, timeout=420)
     assert done.returncode in ((0,) if tool == "memcheck" else (0, FOUND)), (done.stdout + done.stderr)[-4000:]
     assert re.search("ERROR SUMMARY: 0 errors" if tool == "memcheck" else "RACECHECK SUMMARY: ", done.stdout)
-    hazards = re.findall(r"access at (\S+?)\+0x", done.stdout)
-    assert [name for name in hazards if not name.startswith(LIBRARY)] == [], done.stdout[-4000:]
+    ran = re.search("^KERNELS (.*)$", done.stdout, re.MULTILINE)
+    assert ran is not None, done.stdout[-4000:]
+    # racecheck takes barriers between the asynchronous copies of cuBLAS and cuDNN on Hopper for hazards, and told to
+    # leave these kernels out it ends in an illegal access: what counts is whether ours are among those it names.
+    hazards = set(re.findall(r"access at (\S+?)\+0x", done.stdout))
+    assert hazards & set(ran[1].split()) == set(), done.stdout[-4000:]
     assert bool(hazards) == bool(done.returncode), done.stdout[-4000:]  # what it found, it named
