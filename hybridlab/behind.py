@@ -11,10 +11,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -97,7 +98,7 @@ class OnThread(AfterRequest):
         self._orders: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[_Made] = queue.SimpleQueue()
         self._under_way = 0
-        self._thread: threading.Thread | None = None
+        self._end: weakref.finalize[..., OnThread] | None = None  # of the thread, if it runs
 
     def step(self, waiting: Callable[[], bool]) -> None:
         while self._under_way:
@@ -122,10 +123,9 @@ class OnThread(AfterRequest):
 
     def close(self) -> None:
         super().close()
-        if self._thread is not None:
-            self._orders.put(None)
-            self._thread.join(PATIENCE_S)
-            self._thread = None
+        if self._end is not None:
+            self._end()
+            self._end = None
         while self._under_way:
             try:
                 made = self._made.get(timeout=PATIENCE_S)
@@ -136,9 +136,11 @@ class OnThread(AfterRequest):
                 made.graph.reset()
 
     def _accept(self, job: Job) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="hybridlab-capture", daemon=True)
-            self._thread.start()
+        if self._end is None:
+            thread = threading.Thread(target=self._work, name="hybridlab-capture", daemon=True)
+            thread.start()
+            # Python ends a daemon in the middle of what it does, and CUDA then ends the process by a signal.
+            self._end = weakref.finalize(self, _end, thread, self._orders)
         self._under_way += 1
         self._orders.put((job, torch.get_num_threads()))
 
@@ -162,6 +164,12 @@ class OnThread(AfterRequest):
                 except Exception:  # whatever ended it: it is tried once more after the request, which tells the reason
                     made = _Made(job, None, 0.0)
                 self._made.put(made)
+
+
+def _end(thread: threading.Thread, orders: queue.SimpleQueue[Any]) -> None:
+    """Once what was ordered is done."""
+    orders.put(None)
+    thread.join(PATIENCE_S)
 
 
 class Cooperative(AfterRequest):

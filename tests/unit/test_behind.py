@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -183,6 +185,28 @@ def disturbed() -> tuple[GraphCache, Job]:
             out.sum().item()
 
     return cache, Job("key", step, [out], state=[out])
+
+
+AT_EXIT = """
+import atexit, threading
+captured = threading.Event()
+atexit.register(lambda: print(captured.is_set(), "hybridlab-capture" in map(lambda t: t.name, threading.enumerate())))
+import torch
+from hybridlab.behind import OnThread
+from hybridlab.cache import GraphCache, Job
+from hybridlab.counters import Counters
+cache, over, x = GraphCache(torch.device("cpu"), Counters()), threading.Event(), torch.zeros(3)
+cache.record = lambda job: over.wait(60) and captured.set()
+way = OnThread(cache)
+way.ask(Job("key", x.zero_, [x], state=[x]))
+atexit.register(over.set)
+"""
+
+
+def test_a_process_ends_after_a_capture_that_is_under_way() -> None:
+    """A script that closes nothing and is ended by a signal: a thread of Python's was stopped inside of CUDA."""
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "False"]), done.stdout + done.stderr
 
 
 @every
