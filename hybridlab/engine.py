@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: RuntimeConfig) -> None:
         self.config = config
         if model.device.type == "cuda" and config.arm in COMPILING:
-            ahead.preparing()
+            ahead.preparing(model.device)
         self.model = _ready(model)
         self.device: torch.device = self.model.device
         context = models.context(self.model) or DEFAULT_MAX_LEN

@@ -174,9 +174,10 @@ class LoweredExecutor:
         self._sample()
 
     def first_steps(self) -> list[Callable[[], None]]:
-        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself."""
+        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself. First
+        the one whose attention takes longest to compile."""
         return [partial(self._whole, phase, self.program(phase, rows))
-                for phase, rows in (("prefill", self.buckets[0]), ("decode", 1))]
+                for phase, rows in (("decode", 1), ("prefill", self.buckets[0]))]
 
     def _whole(self, phase: str, program: Program) -> None:
         self._prepare(phase, program)

@@ -49,7 +49,7 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
     if target.type == "cuda":
         from hybridlab.kernels import ahead  # late: it imports compilers, which whoever only plans does not need
 
-        ahead.preparing()
+        ahead.preparing(target)
     if name.startswith(names.RANDOM):
         model = _random(name, target, wanted)
         model.tokenizer = None

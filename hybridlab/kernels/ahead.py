@@ -58,13 +58,19 @@ def asker() -> int:
     return _ASKER.get() or threading.get_ident()
 
 
+def preparing(device: torch.device) -> list[Future[Any]]:
+    """Begins, once a process and on threads of its own, what a first step waits for whatever it is: Triton reads all of
+    itself, imports its other language and builds what it calls the driver by, and the device's library of products is
+    loaded. Half a second, in which weights can be loaded."""
+    known = device.type != "cuda" or device.index is not None
+    return _begun(device if known else torch.device("cuda", torch.cuda.current_device()))
+
+
 @cache
-def preparing() -> list[Future[Any]]:
-    """Begins, once a process and on threads of its own, what the first compilation does before it compiles: Triton
-    reads all of itself, imports its other language, and builds what it calls the driver by. Half a second, in which
-    weights can be loaded."""
-    threads = ThreadPoolExecutor(3, "hybridlab-prepare")
-    begun: list[Future[Any]] = [threads.submit(step) for step in (triton_key, _languages, _driver)]
+def _begun(device: torch.device) -> list[Future[Any]]:
+    threads = ThreadPoolExecutor(thread_name_prefix="hybridlab-prepare")
+    begun: list[Future[Any]] = [threads.submit(step) for step in (triton_key, _languages, _driver,
+                                                                  partial(_library, device))]
     threads.shutdown(wait=False)
     return begun
 
@@ -75,6 +81,12 @@ def _languages() -> None:
 
 def _driver() -> None:
     triton.compiler.make_backend(triton.runtime.driver.active.get_current_target()).hash()
+
+
+def _library(device: torch.device) -> None:
+    one = torch.ones((16, 16), device=device)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        torch.mm(one.to(dtype), one.to(dtype))
 
 
 @contextmanager
@@ -94,7 +106,7 @@ def compiling(steps: Sequence[Callable[[], None]], device: torch.device) -> Iter
 
 
 def _compile(steps: Sequence[Callable[[], None]], device: torch.device, asker: int) -> None:
-    wait(preparing())  # if it went wrong, so does what follows
+    wait(preparing(device))  # if it went wrong, so does what follows
     torch.cuda.set_device(device)
     _ASKER.set(asker)
     loading = _Loading(thread_name_prefix="hybridlab-compile", initializer=partial(torch.cuda.set_device, device))
