@@ -46,6 +46,11 @@ def unlisted(arm: str) -> dict[str, Any]:
     return {"legendgroup": arm.partition(" ")[0], "showlegend": False}
 
 
+def stacked(arm: str, narrow: bool) -> str:
+    """The words of an arm's name below each other; where it is narrow, the longest in two."""
+    return re.sub(" (?!steps)", "<br>", arm.replace("piecewise", "piece- wise") if narrow else arm)
+
+
 def one_entry_an_arm(figure: go.Figure) -> go.Figure:
     """The legend names each arm once; where policies or kernels are compared, the note says how lines differ."""
     named = [trace for trace in figure.data if trace.showlegend]

@@ -216,14 +216,15 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
         if cell.p99 is not None:
             _dot(figure, place + aside, (cell.p99, cell.p99_low, cell.p99_high), cell.arm, "p99", 14)
     compared = any(cell.ratio_to_eager is not None and cell.arm != "eager" for cell in cells)
-    names = [re.sub(" (?!steps)", "<br>", cell.arm) + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and
+    many = len(cells) > len(ARMS)
+    names = [looks.stacked(cell.arm, many) + (f"<br>{cell.ratio_to_eager:.2f}×" if compared and
              cell.ratio_to_eager is not None else "") for cell in cells]
     if compared:  # in the note: under names of several lines there is no room for the title of an axis
         figure.layout.annotations[0].text += "; ×: times as fast as eager, p50"
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
     figure.update_layout(
         xaxis2={"tickvals": list(range(len(cells))), "ticktext": names,
-                "tickfont": {"size": 14 if len(cells) <= len(ARMS) else 11}, "range": [-0.6, max(len(cells), 1) - 0.4]},
+                "tickfont": {"size": 11 if many else 14}, "range": [-0.6, max(len(cells), 1) - 0.4]},
         yaxis2={"title": {"text": f"gap between tokens (ms): p50{', –: p99' if has_p99 else ''}"},
                 "range": [0, _top(max(heights, default=1))]})
 
