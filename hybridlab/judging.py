@@ -19,6 +19,9 @@ from hybridlab.papersamples import TIMED, at_length, by_length, holds
 from hybridlab.stats import Estimate
 
 KEYS = ("round", "tokens", "position", "index")  # what two arms of one part share
+# Requests differ in their tails, so that one p99 over all of them has no interval; compared in pairs they have one.
+EACH = "p99 of each request"
+TAIL = 100  # gaps of a request, from which on its p99 is not its largest gap
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def increase(evidence: Evidence, *, part: str, arm: str, base: str, statistic: s
 def growth(evidence: Evidence, *, part: str, arm: str, statistic: str, before: int, after: int,
            cell: Sequence[Any] | None = None, against: Sequence[Any] | None = None) -> Finding:
     """How much larger `statistic` of one arm is at a length `after` than at `before`. Gaps of a longer generation
-    include those of a shorter one; the interval takes them for independent, which makes it wider."""
+    include those of a shorter one: of each request they are compared, else the interval takes them for independent,
+    which makes it wider."""
     late, early = (_at(evidence, part, arm, tokens) for tokens in (after, before))
     size = published.value(cell) / published.value(against) - 1 if cell and against else 0.0
-    return _reached(stats.changed(late, early, statistic, like=()), size)
+    return _reached(_tails(late, early) if statistic == EACH else stats.changed(late, early, statistic, like=()), size)
 
 
 def peer(evidence: Evidence, *, part: str, system: str, statistic: str, cell: Sequence[Any] | None = None,
@@ -227,7 +231,19 @@ def _flipped(found: Estimate) -> Estimate:
 def _change(evidence: Evidence, part: str, arm: str, base: str, statistic: str, tokens: int | None = None) -> Estimate:
     own, other = (_own(evidence, part, name) if tokens is None else _at(evidence, part, name, tokens)
                   for name in (arm, base))
+    if statistic == EACH:
+        return _tails(own, other)
     return stats.changed(own, other, statistic, like=("round", "request") if part == "capture" else KEYS)
+
+
+def _tails(own: pd.DataFrame, base: pd.DataFrame) -> Estimate:
+    """How much larger the p99 of one request's gaps is than that of its pair, from the same round: the median over
+    pairs, of which it takes six."""
+    tails = [side.groupby("round")["value"].agg(["size", lambda gaps: gaps.quantile(0.99)]) for side in (own, base)]
+    pairs = pd.concat(tails, axis=1, join="inner").to_numpy(float)
+    long = pairs[(pairs[:, [0, 2]] >= TAIL).all(axis=1)]
+    _require(len(long), f"no request has {TAIL} gaps")
+    return stats.quantile(long[:, 1] / long[:, 3] - 1, 0.5)
 
 
 def _disturbance(evidence: Evidence, arm: str) -> Estimate:
