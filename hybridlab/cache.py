@@ -45,7 +45,7 @@ class Job(NamedTuple):
 class _Held(NamedTuple):
     graph: Graph
     buffers: Sequence[Tensor]
-    addresses: tuple[int, ...]
+    addresses: list[int]
     pinned: bool
 
 
@@ -101,7 +101,7 @@ class GraphCache:
         self._leases[key] += 1
 
         def replay() -> None:
-            if tuple(t.data_ptr() for t in held.buffers) != held.addresses:
+            if [t.data_ptr() for t in held.buffers] != held.addresses:
                 raise StaleAddress(f"a buffer of graph {key} has moved since capture",
                                    "replaying would read and write memory that is no longer its own",
                                    "keep the runtime's tensors as they are, or make a new Runtime")
@@ -153,7 +153,7 @@ class GraphCache:
         if job.key in self._held:  # captured in two ways at once
             graph.reset()
             return
-        self._held[job.key] = _Held(graph, job.buffers, tuple(t.data_ptr() for t in job.buffers), job.pin)
+        self._held[job.key] = _Held(graph, job.buffers, [t.data_ptr() for t in job.buffers], job.pin)
         self.counters.captures += 1
         self.counters.capture_ms += ms
         self._count()

@@ -262,7 +262,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """A `kind` from plain values. Raises `ConfigError` with field, value and remedy; `kind` is untouched by order."""
-    fields = {field.name for field in msgspec.structs.fields(kind)}
+    fields = set(kind.__struct_fields__)
     for name in values:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise ConfigError(f"{name!r} is no parameter name", f"{kind.__name__} takes {', '.join(sorted(fields))}")

@@ -113,15 +113,18 @@ class Engine:
         return partition(self.model, None if arm == "eager" else self.config.policy, phase, *length).for_arm(arm)
 
     def serve(self, asked: Request | Serve) -> Generator[tuple[Step, float], None, None]:
-        """The steps of one request with their milliseconds, timed from when each is asked for."""
+        """The steps of one request with their milliseconds, timed from when each is asked for; the first from the ids,
+        with what it took to check them."""
         with self._owned():
             flying, over, ids = deque[Launched](), False, list[int]()
+            start = time.perf_counter_ns() - (asked.spent_ns if isinstance(asked, Request) else 0)
             try:
-                self.executor.check()
-                start = time.perf_counter_ns()
                 with torch.no_grad():
                     self.executor.start(asked.sampling, asked.stop)
-                    flying.append(self.executor.prefill(asked.ids))
+                    try:
+                        flying.append(self.executor.prefill(asked.ids))
+                    finally:
+                        self.executor.check()  # while the device works, and in place of an error that follows from it
                 for index in range(asked.max_new_tokens):
                     if index:
                         self.require_open()

@@ -1,9 +1,11 @@
-"""Weights that one product reads together, side by side in memory, so that a library can multiply by all of them at
-once. Nothing is copied for good: the parameters become parts of one block, with the values they had."""
+"""Where weights lie: those that one product reads together side by side in memory, so that a library can multiply by
+all of them at once, and whether all are still where a graph reads them. Nothing is copied for good: the parameters
+become parts of one block, with the values they had."""
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import chain, product
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -41,3 +43,26 @@ def joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
         place = part.data_ptr() + part.nbytes
     assert first is not None
     return first.as_strided((sum(len(part) for part in parts if part is not None), *first.shape[1:]), first.stride())
+
+
+class Places:
+    """Where every weight of a model lies as of now, and stays while this is held: what reads it by its address may ask
+    afterwards. `kept` is asked in each request, and walks no modules: of 32 layers that took 0.7 ms in place of 0.1."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._holders = [held for module in model.modules() for held in (module._modules, module._parameters)]
+        self._held = self._now()
+        self._weights = list(model.parameters())
+        self._memory = [weight.untyped_storage() for weight in self._weights]
+        self._addresses = self._lie()
+
+    def kept(self) -> bool:
+        """Whether each module and weight is the one of then, at the same address."""
+        now = self._now()
+        return len(now) == len(self._held) and all(map(is_, now, self._held)) and self._lie() == self._addresses
+
+    def _now(self) -> list[object]:
+        return list(chain.from_iterable(held.values() for held in self._holders))
+
+    def _lie(self) -> list[tuple[int, torch.dtype]]:
+        return [(weight.data_ptr(), weight.dtype) for weight in self._weights]

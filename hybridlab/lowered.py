@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from hybridlab import kernels, loop, ops
+from hybridlab import kernels, layout, loop, ops
 from hybridlab.buckets import bucket_for
 from hybridlab.cache import GraphCache, Job
 from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, policy, policy_name
@@ -44,7 +44,7 @@ class LoweredExecutor:
         self.model, self.plan_of, self.config, self.buckets, self.counters = model, plan_of, config, buckets, counters
         self.namespace = JIT if config.arm in COMPILING else PLAIN
         self.modules = {self.namespace: lower(model, self.namespace)}
-        self.weights = _addresses(model)
+        self.weights = layout.Places(model)
         self.controls = Controls(model.device, self.namespace)
         self.tokens = Readback(self.controls.token, config.run_ahead + 1)
         self.ring = Ring(self.controls.token, config.run_ahead + config.steps)
@@ -88,16 +88,16 @@ class LoweredExecutor:
         return self.programs[key]
 
     def check(self) -> None:
-        """Make the graphs the calling thread's, whose request this is. Raises `StaleAddress` if a weight was replaced:
-        graphs and lowered modules hold the old one."""
-        if self.lookup is not None:
-            self.lookup.cache.own()
-        if _addresses(self.model) != self.weights:
+        """Raises `StaleAddress` if a weight was replaced: graphs and lowered modules hold the old one."""
+        if not self.weights.kept():
             raise StaleAddress("a weight of the model was replaced since this runtime was built",
                                "its graphs and lowered modules still read the old one",
                                "make a new Runtime, or change weights in place with copy_()")
 
     def start(self, sampling: Sampling, stop: Iterable[int] = ()) -> None:
+        """Graphs become the calling thread's, whose request this is."""
+        if self.lookup is not None:
+            self.lookup.cache.own()
         self.tokens.start()
         self.controls.set(sampling, self.model.config.vocab_size)
         if self.config.steps > 1:
@@ -294,7 +294,3 @@ def cuts(model: PreTrainedModel, plan_of: Callable[..., Plan], config: RuntimeCo
     """Whether a graph of a step of `model` is cut inside the forward."""
     return (config.arm in REPLAYING and bool(policy(config.policy).between)
             and cut(model, plan_of("decode")) is not None)
-
-
-def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
-    return [(p.data_ptr(), p.dtype) for p in model.parameters()]

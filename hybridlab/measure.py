@@ -72,9 +72,10 @@ def warm_up(runtimes: Mapping[str, Runtime], prompts: Mapping[int, list[int]], c
 class TTFT:
     """Time to first token: one request for one new token.
 
-    Inside the clock: from token ids on the host, sampling settings to the device and the prompt copied there, prefill,
-    the draw, until the new token id is on the host. By the device's clock: from the first of this work that the device
-    does until the id has left it. By the clock of a worker's client: from the request leaving until the id is there.
+    Inside the clock: from token ids on the host, checking them and that weights are where they were, sampling settings
+    to the device and the prompt copied there, prefill, the draw, until the new token id is on the host. By the device's
+    clock: from the first of this work that the device does until the id has left it. By the clock of a worker's client:
+    from the request leaving until the id is there.
     Outside: tokenising, decoding to text, garbage collection, rows.
     """
 

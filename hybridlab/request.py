@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -19,20 +20,23 @@ LONGEST = 256   # characters of a token, more than any vocabulary has; a longer 
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What one call of `generate` asks for; `ids` fit the model and, with the new tokens, the KV cache."""
+    """What one call of `generate` asks for; `ids` fit the model and, with the new tokens, the KV cache. `spent_ns`: of
+    the time to the first token, what had passed when this was made; a text becomes ids before."""
 
     ids: list[int]
     max_new_tokens: int
     sampling: Sampling
     stop: frozenset[int]
+    spent_ns: int
 
 
 def request(model: PreTrainedModel, prompt: Any, max_len: int, max_new_tokens: int, stop: Iterable[int] | None,
             **sampling: Any) -> Request:
     """Check everything before any work. Raises `PromptError` or `ConfigError`, with the bound that was broken."""
     vocabulary = model.config.vocab_size
-    ids = (_encode(model, prompt, max_len) if isinstance(prompt, str)
-           else _as_ids("prompt", prompt, vocabulary, max_len))
+    encoded = _encode(model, prompt, max_len) if isinstance(prompt, str) else None
+    begun = time.perf_counter_ns()
+    ids = _as_ids("prompt", prompt, vocabulary, max_len) if encoded is None else encoded
     if not ids:
         raise PromptError("the prompt is empty", "there is no last token to continue from", "give at least one token")
     if not _is_int(max_new_tokens) or max_new_tokens < 1:
@@ -46,7 +50,8 @@ def request(model: PreTrainedModel, prompt: Any, max_len: int, max_new_tokens: i
         raise PromptError(f"temperature is {drawn.temperature}", f"below {COLDEST} scores overflow float32",
                           "give 0 for greedy")
     ends = _end_tokens(model) if stop is None else _as_ids("stop", stop, vocabulary, vocabulary)
-    return Request(ids=ids, max_new_tokens=max_new_tokens, sampling=drawn, stop=frozenset(ends))
+    return Request(ids=ids, max_new_tokens=max_new_tokens, sampling=drawn, stop=frozenset(ends),
+                   spent_ns=time.perf_counter_ns() - begun)
 
 
 def _encode(model: PreTrainedModel, text: str, most: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""Weights side by side: the same values and the same memory, in one block."""
+"""Weights side by side: the same values and the same memory, in one block. And where they lie: what moves is seen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,3 +64,26 @@ def test_neighbours_of_another_block_are_not_joined() -> None:
     assert layout.joined((block[:2], block[2:4, :4], block[4:])) is None
     assert layout.joined((block[:2], block[2:3].clone(), block[3:])) is None
     assert layout.joined((None, None, None)) is None
+
+
+def test_every_way_of_replacing_a_weight_is_seen() -> None:
+    """A module in another's place, a weight more or less, memory moved; and memory given to somebody else while it is
+    still read by its address."""
+    def change(how: Callable[[torch.nn.Module], Any]) -> bool:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+        places = layout.Places(model)
+        assert places.kept()
+        how(model)
+        return places.kept()
+
+    assert change(lambda model: model[0].weight.data.mul_(2))
+    assert not change(lambda model: model.__setitem__(1, torch.nn.Linear(2, 2, bias=False)))
+    assert not change(lambda model: setattr(model[1], "weight", torch.nn.Parameter(model[1].weight)))
+    assert not change(lambda model: model[1].register_parameter("more", torch.nn.Parameter(torch.ones(1))))
+    assert not change(lambda model: model.append(torch.nn.ReLU()))
+    assert not change(lambda model: delattr(model[0], "bias"))
+    assert not change(lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()))
+    layer = torch.nn.Linear(8, 8)
+    places, memory = layout.Places(layer), layer.weight.untyped_storage().data_ptr()
+    layer.weight.data = torch.ones(8, 8)
+    assert memory in [held.data_ptr() for held in places._memory]

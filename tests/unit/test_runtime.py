@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hybridlab as hl
@@ -305,6 +306,27 @@ def test_replaced_weights_are_noticed() -> None:
         model.lm_head.weight.data = model.lm_head.weight.flip(0)
         with pytest.raises(StaleAddress, match="weight of the model was replaced"):
             runtime.generate([5, 6], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("arm", ["graph", "jit"])
+def test_an_error_that_follows_from_replaced_weights_is_named_after_them(arm: str) -> None:
+    """Shapes that do not fit, where what a step reads has been replaced; weights are looked at while the device works.
+    """
+    model = hl.load("random:tiny-llama-3", device="cpu")
+    with hl.Runtime(model, arm=arm, capture="never", max_len=64) as runtime:
+        model.lm_head.weight.data = model.lm_head.weight[:, 1:].clone()
+        with pytest.raises(StaleAddress, match="weight of the model was replaced"):
+            runtime.generate([5, 6], max_new_tokens=3)
+
+
+def test_checking_a_request_is_part_of_its_first_token(tiny: PreTrainedModel) -> None:
+    """A clock that starts when the work before it is done."""
+    with hl.Runtime(tiny, arm="graph", max_len=64) as runtime:
+        asked = runtime._request([5, 6], 3, [], 0.0, None, None, 0)
+        assert asked.spent_ns > 0
+        times = [ms for _, ms in runtime._serve(replace(asked, spent_ns=10**15))]
+    assert times[0] > 1e9
+    assert max(times[1:]) < 1e9
 
 
 def test_a_small_budget_keeps_the_decode_graph(tiny: PreTrainedModel) -> None:
