@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pandas as pd
 import torch
@@ -127,10 +127,10 @@ class Result(Shown):
         """The least time of each first token and gap on this machine, see `roofline.of_run`; None for older runs."""
         return roofline.floors(self.recorded.extra)
 
-    def table(self) -> pd.DataFrame:
+    def table(self, which: Literal["both", "lengths", "pooled"] = "both") -> pd.DataFrame:
         """p50, p99 and ratio to eager with 95 % intervals (see `stats.summary`), with floors the limit and the share of
         it reached too (see `limits.beside`); None where n does not allow one."""
-        table = stats.summary(self.rows, arms=list(cells(self.config)))
+        table = stats.summary(self.rows, arms=list(cells(self.config)), which=which)
         return table if self.floors is None else limits.beside(table, self.rows, self.floors)
 
     def reading(self) -> str:

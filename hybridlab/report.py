@@ -66,7 +66,7 @@ class Grid:
 def ablation(result: Result) -> Grid:
     """All prompt lengths pooled: one row an arm, TTFT and ITL at p50 and p99, and how many times faster than eager;
     with floors also the least time that the machine allows and the share of it reached."""
-    cells, limited, rows = _cells(result.table()), result.floors is not None, []
+    cells, limited, rows = _cells(result.table("pooled")), result.floors is not None, []
     for arm in _arms(result):
         row = [arm]
         for metric in METRICS:
@@ -85,7 +85,7 @@ def ablation(result: Result) -> Grid:
 def by_length(result: Result, metric: str) -> Grid:
     """One row a prompt length, one column an arm: the median of `metric` ("ttft" or "itl") and the ratio to eager; with
     floors also a column of the least time that the machine allows, and the share of it reached."""
-    cells, limited, arms, rows = _cells(result.table()), result.floors is not None, _arms(result), []
+    cells, limited, arms, rows = _cells(result.table("lengths")), result.floors is not None, _arms(result), []
     for length in sorted({length for _, length, kind in cells if kind == metric and length != "all"}):
         own = {arm: cells.get((arm, length, metric), {}) for arm in arms}
         limit = next((interval(cell, "limit") for cell in own.values() if cell), NONE)  # every arm has the same

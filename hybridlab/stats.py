@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -163,8 +163,10 @@ def error(predicted: Any, measured: Any) -> Any:
     return predicted / measured - 1
 
 
-def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | None = "eager") -> pd.DataFrame:
-    """One line for each arm, metric and prompt length, and one for all lengths pooled (prompt_tokens "all").
+def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | None = "eager",
+            which: Literal["both", "lengths", "pooled"] = "both") -> pd.DataFrame:
+    """One line for each arm, metric and prompt length, and one for all lengths pooled (prompt_tokens "all"); `which`
+    leaves out the one or the other.
 
     Columns: arm, prompt_tokens, metric, n, p50, p50_low, p50_high, p99, p99_low, p99_high (ms), ratio_to_eager,
     ratio_low, ratio_high. A cell that n does not support is None. `arms` orders the lines (default: by name);
@@ -176,7 +178,7 @@ def summary(rows: pd.DataFrame, arms: Sequence[str] | None = None, base: str | N
     for metric in sorted(rows["metric"].unique(), reverse=True):  # ttft before itl
         of_metric = rows[rows["metric"] == metric]
         lengths: list[Any] = sorted(int(length) for length in of_metric["prompt_tokens"].unique())
-        for length in [*lengths, "all"]:
+        for length in [*(lengths if which != "pooled" else []), *(["all"] if which != "lengths" else [])]:
             cell = of_metric if length == "all" else of_metric[of_metric["prompt_tokens"] == length]
             for arm in (arms if arms is not None else sorted(cell["arm"].unique())):
                 own = cell[cell["arm"] == arm]

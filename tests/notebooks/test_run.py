@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jupyter_client import AsyncKernelManager
 
-from hybridlab import answers, kernelanswers, notebooks, paperlab, published, records
+from hybridlab import answers, kernelanswers, notebooks, paperlab, published, records, workload
 from hybridlab.config import ARMS
 from hybridlab.errors import ConfigError, ModelError, NotebookError, NotebookFailed, PromptError
 from hybridlab.ledger import VERDICTS
@@ -390,8 +390,10 @@ def test_each_notebook_runs_and_records_what_it_says(path: Path, tmp_path: Path)
 @pytest.mark.usefixtures("shared")
 def test_the_cache_notebook_runs_and_answers_from_its_rows(tmp_path: Path) -> None:
     """A question that is posed and answered with "not in these rows" would leave the reader with nothing."""
-    small = {"requests": 12, "compare": [{"capture": "never"}, {"capture": "async"}], "cost_lengths": [9],
-             "cost_repeats": 1, "disturb": ["cooperative"], "disturb_captures": 1, "device": "cpu"}
+    workload.write(tmp_path / "short.csv", [workload.Asked(length, 3) for length in (5, 40, 5, 60, 9, 33) * 2])
+    small = {"trace": str(tmp_path / "short.csv"), "requests": 12, "cost_lengths": [9], "cost_repeats": 1,
+             "compare": [{"capture": "never"}, {"capture": "async"}], "disturb": ["cooperative"], "disturb_captures": 1,
+             "device": "cpu"}
     done = notebooks.run(FOLDER / f"{CACHE}.ipynb", small, root=tmp_path / "runs", progress=False)
     recorded = records.read(done.run_path)
     assert recorded.status == "complete"

@@ -26,7 +26,6 @@ WIDE = {"hidden_size": 88, "intermediate_size": 133, "num_attention_heads": 8, "
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "groups of 2": ("llama", {**NARROW, "num_key_value_heads": 2}),
     "groups of 2, window": ("mistral", {**NARROW, "num_key_value_heads": 2, "sliding_window": 7}),
-    "groups of 4, biases": ("qwen2", {**NARROW, "num_key_value_heads": 1}),
     "no groups, norms of heads": ("qwen3", {**WIDE, "num_key_value_heads": 8}),
     "groups of 8, four biases": ("llama", {**WIDE, "num_key_value_heads": 1, "attention_bias": True}),
 }
