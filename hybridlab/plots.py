@@ -224,8 +224,8 @@ def _itl_panel(figure: go.Figure, own: pd.DataFrame) -> None:
     heights = [value for cell in cells for value in (cell.p50_high, cell.p99_high) if value is not None]
     figure.update_layout(
         xaxis2={"tickvals": list(range(len(cells))), "ticktext": names,
-                "tickfont": {"size": 11 if many else 14}, "range": [-0.6, max(len(cells), 1) - 0.4]},
-        yaxis2={"title": {"text": f"gap between tokens (ms): p50{', –: p99' if has_p99 else ''}"},
+                "tickfont": {"size": 11 if many else 14}, "tickangle": 0, "range": [-0.6, max(len(cells), 1) - 0.4]},
+        yaxis2={"title": {"text": f"gap (ms): p50{', –: p99' if has_p99 else ''}"},
                 "range": [0, _top(max(heights, default=1))]})
 
 

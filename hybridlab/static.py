@@ -39,7 +39,7 @@ DRAWN = {  # what is drawn; the second set exists on screen only and is left out
                 "showlegend", "barmode", *(f"{name}axis{number}" for name in "xy" for number in PANELS)},
                {"template", "hovermode", "updatemenus"}),
     "axis": ({"anchor", "domain", "showgrid", "gridcolor", "showline", "linecolor", "zeroline", "ticks", "title",
-              "type", "range", "tickvals", "ticktext", "tickfont", "showticklabels"}, {"matches"}),
+              "type", "range", "tickvals", "ticktext", "tickfont", "showticklabels"}, {"matches", "tickangle"}),
     "trace": ({"type", "x", "y", "xaxis", "yaxis", "mode", "line", "marker", "opacity", "error_x", "error_y", "name",
                "showlegend", "legendgroup", "fill", "fillcolor", "visible"},
               {"customdata", "hovertemplate", "hoverinfo", "meta"}),
