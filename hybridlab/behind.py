@@ -140,7 +140,7 @@ class OnThread(AfterRequest):
             thread = threading.Thread(target=self._work, name="hybridlab-capture", daemon=True)
             thread.start()
             # Python ends a daemon in the middle of what it does, and CUDA then ends the process by a signal.
-            self._end = weakref.finalize(self, _end, thread, self._orders)
+            self._end = weakref.finalize(self, _finish, thread, self._orders)
         self._under_way += 1
         self._orders.put((job, torch.get_num_threads()))
 
@@ -166,8 +166,8 @@ class OnThread(AfterRequest):
                 self._made.put(made)
 
 
-def _end(thread: threading.Thread, orders: queue.SimpleQueue[Any]) -> None:
-    """Once what was ordered is done."""
+def _finish(thread: threading.Thread, orders: queue.SimpleQueue[Any]) -> None:
+    """Ends the thread once it has done what was ordered."""
     orders.put(None)
     thread.join(PATIENCE_S)
 
