@@ -27,11 +27,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no GPU seen by PyTorch {torch.__version__}"))
 
 
+class Heap:
+    """Whether the heap is frozen, as far as this process froze it: `gc.get_freeze_count` walks all of it, a tenth of a
+    second before each test."""
+
+    def __init__(self) -> None:
+        self.frozen, self._unfreeze = False, gc.unfreeze
+
+    def freeze(self) -> None:
+        if not self.frozen:
+            gc.collect()
+            gc.freeze()
+            self.frozen = True
+
+    def unfreeze(self) -> None:
+        self._unfreeze()
+        self.frozen = False
+
+
+HEAP = Heap()
+gc.unfreeze = HEAP.unfreeze
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Takes what was imported out of the collector's sight, as a measurement does, which undoes it at its end: where
     each request is preceded by a collection, half a second of it would be for PyTorch's own objects. Not beside a GPU:
     what a fixture leaves behind would keep its memory until then."""
-    if gc.get_freeze_count() == 0 and not torch.cuda.is_available():
-        gc.collect()
-        gc.freeze()
+    if not torch.cuda.is_available():
+        HEAP.freeze()
