@@ -39,7 +39,7 @@ def load(spec: str | os.PathLike[str] | PreTrainedModel, *, device: str | torch.
     `spec`: "tiny" (the embedded model), a directory in Hugging Face layout, a Hub id ("owner/name"),
     "random:<architecture>" (seeded weights, no tokenizer), or an instantiated causal LM, which comes back as it is.
     `dtype` None: the checkpoint's own; of random weights float16 on a GPU and float32 on a CPU.
-    Raises `ModelError` before any memory of `device` is taken when the checkpoint is not sound, and `ConfigError`
+    Raises `ModelError` before weights take memory of `device` when the checkpoint is not sound, and `ConfigError`
     for a wrong device or dtype. Weights may hold NaN: that is found when logits are not finite.
     """
     wanted = None if dtype is None else choose("dtype", str(dtype).removeprefix("torch."), DTYPES)
