@@ -14,16 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hybridlab as hl
 from hybridlab.errors import ConfigError
 
-BASE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 192, "bos_token_id": 1, "eos_token_id": 2,
+# Shapes, windows and lengths of test_fused_random, whose kernels are then those that are compiled here.
+BASE = {"vocab_size": 211, "hidden_size": 60, "intermediate_size": 91, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 0, "initializer_range": 0.16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": 32},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
-    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"hidden_size": 88, "intermediate_size": 133, "num_attention_heads": 8, "num_key_value_heads": 8,
+              "head_dim": 10},
 }
-PROMPT = list(range(3, 43))
+PROMPT, NEW = list(range(3, 19)), 24
 
 
 def build(family: str, **settings: Any) -> PreTrainedModel:
@@ -31,7 +33,7 @@ def build(family: str, **settings: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**BASE, **settings})).eval()
 
 
-def tokens(model: PreTrainedModel, count: int = 40) -> list[int]:
+def tokens(model: PreTrainedModel, count: int = NEW) -> list[int]:
     ids = torch.tensor([PROMPT])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
                          eos_token_id=None, pad_token_id=0)
@@ -39,7 +41,7 @@ def tokens(model: PreTrainedModel, count: int = 40) -> list[int]:
 
 
 def fused(model: Any, **settings: Any) -> hl.Runtime:
-    return hl.Runtime(model, **{"kernels": "fused", "capture": "sync", "max_len": 128, "buckets": [64], **settings})
+    return hl.Runtime(model, **{"kernels": "fused", "capture": "sync", "max_len": 40, "buckets": [40], **settings})
 
 
 @pytest.mark.parametrize("arm", ["jit", "hybrid"])
@@ -51,7 +53,7 @@ def test_tokens_are_those_of_the_stock_model(family: str, arm: str) -> None:
         if "norm" in name or "bias" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.3)  # as made they are ones and zeros: leaving them out is free
     with fused(model, arm=arm) as runtime:
-        out = runtime.generate(PROMPT, max_new_tokens=40, stop=[])
+        out = runtime.generate(PROMPT, max_new_tokens=NEW, stop=[])
         assert out.ids == tokens(model)
         assert runtime.counters.failures == 0
     assert set(out.paths) == {"graph" if arm == "hybrid" else "jit"}
@@ -61,7 +63,7 @@ def test_the_last_layer_works_for_the_last_row_alone() -> None:
     """Arithmetic for rows whose logits nobody asks for; or a row before the last one taken for it."""
     model, seen = build("llama"), []
     with fused(model, arm="jit") as runtime:
-        program = runtime._executor.program("prefill", 64)
+        program = runtime._executor.program("prefill", 40)
         ops = {name: getattr(program.ops, name).default for name in ("project", "residual", "swiglu", "attend_next")}
 
         class Noted:
@@ -81,7 +83,7 @@ def test_a_model_draws_the_same_with_and_without() -> None:
     drawn, model = {}, build("llama")
     for kernels in ("torch", "fused"):
         with fused(model, kernels=kernels) as runtime:
-            drawn[kernels] = [runtime.generate(PROMPT, max_new_tokens=60, stop=[], **draw).ids
+            drawn[kernels] = [runtime.generate(PROMPT, max_new_tokens=NEW, stop=[], **draw).ids
                               for draw in ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.9, "top_p": 0.8})]
     assert drawn["fused"] == drawn["torch"]
 
@@ -90,11 +92,11 @@ def test_one_graph_serves_every_length_and_a_second_request() -> None:
     """Keys of an earlier request attended, or a length baked into the graph."""
     model = build("llama")
     with fused(model, cache_graphs=4) as runtime:
-        first = runtime.generate(PROMPT, max_new_tokens=60, stop=[]).ids
+        first = runtime.generate(PROMPT, max_new_tokens=NEW, stop=[]).ids
         other = runtime.generate(PROMPT[:5], max_new_tokens=20, stop=[]).ids
-        again = runtime.generate(PROMPT, max_new_tokens=60, stop=[]).ids
+        again = runtime.generate(PROMPT, max_new_tokens=NEW, stop=[]).ids
         assert runtime.counters.captures == 2  # a prefill bucket and decode
-    assert first == again == tokens(model, 60)
+    assert first == again == tokens(model)
     assert other != first[:20]
 
 
