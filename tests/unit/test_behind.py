@@ -72,8 +72,8 @@ def test_a_thousand_steps_with_captures_behind(model: PreTrainedModel, reference
                                                behind: str) -> None:
     """A race that a short test does not meet: 100 requests of 12 tokens, two graphs of room, streams left early."""
     draw = random.Random(1)
-    with runtime(model, arm="hybrid", buckets=[16, 48], behind=behind, cache_graphs=2) as rt:
-        rt.warm_up([16, 48])
+    with runtime(model, arm="hybrid", max_len=96, buckets=[32, 48], behind=behind, cache_graphs=2) as rt:
+        rt.warm_up([32, 48])
         for number in range(100):
             length = draw.randint(1, 48)
             if number % 7:
