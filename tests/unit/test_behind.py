@@ -83,7 +83,7 @@ def test_a_thousand_steps_with_captures_behind(model: PreTrainedModel, reference
                 assert [next(stream).id for _ in range(3)] == reference[length][:3]
                 stream.close()
         rt.settle()
-        assert rt.counters.evictions > 30
+        assert rt.counters.evictions > 5
         assert rt.counters.failures == 0
         assert not rt.capturing
 
