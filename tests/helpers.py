@@ -13,6 +13,12 @@ import torch
 
 from hybridlab.cache import GraphCache, Job
 
+# Shapes of fused steps. A kernel compiles for a second or two, for its dtype, shapes, eps, scale and window, and for
+# nothing else of an architecture, so tests of several files share these few.
+VOCABULARY, MAX_LEN, WINDOW = 211, 40, 7
+NARROW = {"hidden_size": 60, "intermediate_size": 91, "num_attention_heads": 4, "head_dim": 24}
+WIDE = {"hidden_size": 88, "intermediate_size": 133, "num_attention_heads": 8, "head_dim": 10}
+
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
     """Poll until `condition` holds; the bound is only there so that a hang fails."""

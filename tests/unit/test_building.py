@@ -17,6 +17,7 @@ from hybridlab import tracing
 from hybridlab.errors import LoweringError, PlanError
 from hybridlab.plan import ROLES
 from hybridlab.policies import left_out
+from tests.helpers import MAX_LEN, NARROW, VOCABULARY
 
 WHOLE: tuple[Any, ...] = ("whole", "full", hl.Policy(("prepare",)), hl.Policy(("sample",)))
 CUT: tuple[Any, ...] = ("piecewise", hl.Policy(("device-dynamic",)), hl.Policy(("mlp", "sample")),
@@ -25,16 +26,15 @@ PROMPT = list(range(3, 13))
 
 
 def small() -> PreTrainedModel:
-    """A model of its own, about which nothing is known yet; of shapes for which test_fused_random compiles kernels."""
+    """A model of its own: nothing is known about it yet."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=211, hidden_size=60, intermediate_size=91, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24)).eval()
+        **NARROW, vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=2)).eval()
 
 
 def runtime(model: PreTrainedModel, **settings: Any) -> hl.Runtime:
-    return hl.Runtime(model, **{"arm": "graph", "policy": "full", "capture": "sync", "max_len": 40, "buckets": [40],
-                                **settings})
+    return hl.Runtime(model, **{"arm": "graph", "policy": "full", "capture": "sync", "max_len": MAX_LEN,
+                                "buckets": [MAX_LEN], **settings})
 
 
 @pytest.fixture

@@ -13,19 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hybridlab as hl
 from hybridlab.errors import ConfigError
+from tests.helpers import MAX_LEN, NARROW, VOCABULARY, WIDE, WINDOW
 
-# Shapes, windows and lengths of test_fused_random, whose kernels are then those that are compiled here.
-BASE = {"vocab_size": 211, "hidden_size": 60, "intermediate_size": 91, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, "initializer_range": 0.16}
+BASE = {**NARROW, "vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "initializer_range": 0.16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-    "qwen3": {"hidden_size": 88, "intermediate_size": 133, "num_attention_heads": 8, "num_key_value_heads": 8,
-              "head_dim": 10},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": WINDOW,
+              "max_window_layers": 1},
+    "qwen3": {**WIDE, "num_key_value_heads": 8},
 }
-PROMPT, NEW = list(range(3, 19)), 24
+PROMPT = list(range(3, 19))
+NEW = MAX_LEN - len(PROMPT)  # to the last entry of the KV cache
 
 
 def build(family: str, **settings: Any) -> PreTrainedModel:
@@ -41,7 +42,8 @@ def tokens(model: PreTrainedModel, count: int = NEW) -> list[int]:
 
 
 def fused(model: Any, **settings: Any) -> hl.Runtime:
-    return hl.Runtime(model, **{"kernels": "fused", "capture": "sync", "max_len": 40, "buckets": [40], **settings})
+    return hl.Runtime(model, **{"kernels": "fused", "capture": "sync", "max_len": MAX_LEN, "buckets": [MAX_LEN],
+                                **settings})
 
 
 @pytest.mark.parametrize("arm", ["jit", "hybrid"])
@@ -63,7 +65,7 @@ def test_the_last_layer_works_for_the_last_row_alone() -> None:
     """Arithmetic for rows whose logits nobody asks for; or a row before the last one taken for it."""
     model, seen = build("llama"), []
     with fused(model, arm="jit") as runtime:
-        program = runtime._executor.program("prefill", 40)
+        program = runtime._executor.program("prefill", MAX_LEN)
         ops = {name: getattr(program.ops, name).default for name in ("project", "residual", "swiglu", "attend_next")}
 
         class Noted:

@@ -15,17 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import hybridlab as hl
 from hybridlab.fused import FusedStep
 from hybridlab.nearties import Difference, first_difference
+from tests.helpers import MAX_LEN, NARROW, VOCABULARY, WIDE, WINDOW
 
-BASE = {"vocab_size": 211, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-MAX_LEN = 40
+BASE = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0}
 PROMPTS = (1, 5, 18, MAX_LEN - 1)  # one token, within a window, beyond it, all that the KV cache has beside a new one
-# Each kernel compiles for a second or two, for its dtype, shapes, eps, scale and window, and for nothing else of an
-# architecture. So these few are given, and the rest is drawn.
-NARROW = {"hidden_size": 60, "intermediate_size": 91, "num_attention_heads": 4, "head_dim": 24}
-WIDE = {"hidden_size": 88, "intermediate_size": 133, "num_attention_heads": 8, "head_dim": 10}
+# These few are given, and the rest is drawn.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "groups of 2": ("llama", {**NARROW, "num_key_value_heads": 2}),
-    "groups of 2, window": ("mistral", {**NARROW, "num_key_value_heads": 2, "sliding_window": 7}),
+    "groups of 2, window": ("mistral", {**NARROW, "num_key_value_heads": 2, "sliding_window": WINDOW}),
     "no groups, norms of heads": ("qwen3", {**WIDE, "num_key_value_heads": 8}),
     "groups of 8, four biases": ("llama", {**WIDE, "num_key_value_heads": 1, "attention_bias": True}),
 }
@@ -79,7 +77,7 @@ def compared(dtype: str, shape: str, draw: int, lengths: tuple[int, ...] = PROMP
     with hl.Runtime(model, arm="hybrid", policy="full", kernels="fused", capture="sync", max_len=MAX_LEN,
                     buckets=buckets) as runtime:
         for length in lengths:
-            prompt, count = [ids.randrange(3, BASE["vocab_size"]) for _ in range(length)], MAX_LEN - length
+            prompt, count = [ids.randrange(3, VOCABULARY) for _ in range(length)], MAX_LEN - length
             out = runtime.generate(prompt, max_new_tokens=count, stop=[])
             assert set(out.paths) == {"graph"}
             wanted = stock(model, prompt, count)
