@@ -6,7 +6,7 @@ Nothing that names one board among others, like a UUID or a PCI address, is read
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,11 @@ def report(nvml: Any = None) -> list[dict[str, Any]]:
         return [_read(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
     finally:
         nvml.nvmlShutdown()
+
+
+def named(boards: Iterable[Mapping[str, Any]]) -> str:
+    """What a `report` says of which GPUs they are, each kind once; empty without any."""
+    return ", ".join(sorted({str(board.get("name")) for board in boards}))
 
 
 def opened(nvml: Any, index: int) -> Any:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from hybridlab import (
     experiment,
+    gpus,
     judging,
     ledger,
     models,
@@ -58,7 +59,7 @@ class PaperResult(experiment.Shown):
     def _evidence(self, peers: pd.DataFrame | None) -> judging.Evidence:
         return judging.Evidence(
             rows=self.rows, run_id=self.run_id, on_cpu=self.on_cpu, model=self.config.model,
-            gpu="" if self.on_cpu else str(self.recorded.environment.get("gpu") or ""), peers=peers)
+            gpu="" if self.on_cpu else gpus.named(self.recorded.environment.get("gpu") or ()), peers=peers)
 
     @property
     def floors(self) -> pd.DataFrame | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab import environment, paths, records
+from hybridlab import environment, gpus, paths, records
 from hybridlab.config import as_dict
 from hybridlab.errors import ConfigError, RunError, choose, nearest
 from hybridlab.manifests import CONFIG, ENVIRONMENT, MANIFEST, UNFINISHED, load
@@ -96,7 +96,7 @@ def facts(machine: str, report: Mapping[str, Any]) -> dict[str, str | None]:
     None where that does not say. Two working trees with changes are taken as equal if their commits are."""
     boards, versions, commit = report.get("gpu") or [], report.get("versions") or {}, report.get("commit")
     return {"machine": machine, "cpu": report.get("cpu"),
-            "gpu": ", ".join(sorted({str(board.get("name")) for board in boards})) or "none",
+            "gpu": gpus.named(boards) or "none",
             "driver": str(boards[0].get("driver")) if boards else "none", "python": report.get("python"),
             **{name: versions.get(name) for name in LIBRARIES},
             "hybridlab": report.get("hybridlab"), "commit": f"{commit} with changes" if report.get("dirty") else commit}

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from hybridlab import (
     committed,
+    gpus,
     judging,
     ledger,
     papertables,
@@ -216,6 +217,9 @@ def test_milliseconds_are_compared_on_the_same_gpu_only() -> None:
     """A time on a faster GPU that confirms or refutes one on another."""
     rows = times("ttft", "hybrid", lambda _: 17.0)
     assert judged("absolute-ttft", rows).verdict == NOT_TESTABLE
+    boards = [{"name": "NVIDIA H200", "driver": "580"}] * 2
+    assert gpus.named(boards) == "NVIDIA H200"
+    assert "on NVIDIA H200 is not" in judged("absolute-ttft", rows, gpu=gpus.named(boards)).why
     assert judged("absolute-ttft", rows, gpu="NVIDIA H100 NVL").verdict == REPRODUCED
     assert judged("absolute-ttft", times("ttft", "hybrid", lambda _: 9.0), gpu="NVIDIA H100 NVL"
                   ).verdict == NOT_REPRODUCED
