@@ -38,6 +38,8 @@ def command(
     cost: Annotated[list[int] | None, option("Also time and weigh captures of this prompt length. Repeatable.")] = None,
     disturb: Annotated[list[str] | None, option(
         "Also measure what capturing this way does to decoding, as in thread or cooperative. Repeatable.")] = None,
+    disturb_run_ahead: Annotated[int, option(
+        "Steps launched ahead by requests that captures disturb.", min=0)] = CACHE.disturb_run_ahead,
     model: Annotated[str, option("As --model of generate.", "--model", "-m")] = CACHE.model,
     device: Annotated[str, option("auto, cpu or cuda.")] = CACHE.device,
     dtype: Annotated[str | None, option("float32, float16 or bfloat16; default: as the model is.")] = CACHE.dtype,
@@ -56,6 +58,7 @@ def command(
         config = build(CacheConfig, {
             "trace": trace, "requests": requests, "new_tokens": new_tokens, "repeats": repeats, "model": model,
             "device": device, "dtype": dtype, "seed": seed, "cost_lengths": cost or [], "disturb": disturb or [],
+            "disturb_run_ahead": disturb_run_ahead,
             **({"compare": [parameters.entry(text) for text in compare]} if compare else {})})
         parameters.compared(config)  # refuse before torch is imported, which takes seconds
         workload.require_known(trace)

@@ -149,7 +149,8 @@ def _disturb(model: PreTrainedModel, config: CacheConfig, report: Report) -> Ite
     others = [name for name in dict.fromkeys(config.disturb) if name != "quiet"]
     (prompt,) = measure.prompts(model, [min(PROMPT, context // 2)], config.seed).values()
     total, done = config.repeats * (1 + len(others)), 0
-    with _runtime(model, config, {len(prompt), bucket}, max(bucket, len(prompt) + NEW)) as runtime:
+    rows, ahead = max(bucket, len(prompt) + NEW), config.disturb_run_ahead
+    with _runtime(model, config, {len(prompt), bucket}, rows, ahead) as runtime:
         for ids in (*_prompts(runtime, [bucket], config.seed).values(), prompt):
             _prefill(runtime, ids)
         new = min(NEW, runtime.max_len - len(prompt))
@@ -165,11 +166,12 @@ def _disturb(model: PreTrainedModel, config: CacheConfig, report: Report) -> Ite
 
 # --- both ----------------------------------------------------------------------------------------------------------
 
-def _runtime(model: PreTrainedModel, config: CacheConfig, buckets: Iterable[int], rows: int) -> Runtime:
+def _runtime(model: PreTrainedModel, config: CacheConfig, buckets: Iterable[int], rows: int, run_ahead: int = 0
+             ) -> Runtime:
     """One that captures nothing by itself, with a KV cache of `rows` rows if the model's context allows."""
     context = models.context(model) or max(rows, DEFAULT_MAX_LEN)
     return Runtime(model, arm=config.arm, policy=config.policy, buckets=sorted(buckets), capture="never",
-                   max_len=min(rows, context))
+                   max_len=min(rows, context), run_ahead=run_ahead)
 
 
 def _executor(runtime: Runtime) -> LoweredExecutor:

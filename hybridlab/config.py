@@ -122,8 +122,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     work_timeout_s: Seconds = 900.0                    # and so long to load, to warm up or to settle
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0   # steps launched before the token of an earlier one is read
     steps: Steps = 1                                   # decode steps of one graph launch, under policy "full"
-    repeat: Repeat = "auto"                            # how one graph holds them: side by side, or one that the device
-                                                       # runs again until a stop token (auto where it can)
+    repeat: Repeat = "auto"                            # how a graph holds them: side by side, or as a loop (if it can)
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -174,6 +173,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cost_repeats: Positive = 6                         # captures of each of them
     disturb: tuple[str, ...] = ()                      # ways to capture behind whose effect on decoding is measured
     disturb_captures: Positive = 20                    # captures made behind decoding, for each way and round
+    disturb_run_ahead: Annotated[int, Meta(ge=0, le=64)] = 0  # steps launched meanwhile before an earlier token is read
     budget_s: Annotated[float, Meta(gt=0)] = 600.0     # no pass or round starts later than this; finished ones are kept
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     threads: Positive = 1

@@ -153,6 +153,22 @@ def test_every_way_captures_as_often_as_asked(disturbed: pd.DataFrame) -> None:
     assert not quiet["captures"].any()
 
 
+def test_decoding_runs_ahead_as_asked(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap that is said to be one with steps launched ahead, and was measured without."""
+    launched = list[int]()
+
+    class Looking(capturing.Decoding):
+        def _request(self, name: str) -> list[capturing.Row]:
+            found = super()._request(name)
+            launched.append(self.runtime._executor.tokens.depth)
+            return found
+
+    monkeypatch.setattr(capturing, "Decoding", Looking)
+    rows = measured(capturing.disturb, model, disturb=("thread",), disturb_captures=1, repeats=1, disturb_run_ahead=2)
+    assert set(launched) == {3}
+    assert (rows[rows["metric"] == "capture"]["captures"] == 1).all()
+
+
 def test_the_reference_comes_first_in_every_round(disturbed: pd.DataFrame) -> None:
     """A machine that warms up between reference and what is compared with it."""
     order = disturbed.groupby("round")["setting"].unique().map(list)
