@@ -51,6 +51,14 @@ def generations(gaps: pd.DataFrame) -> list[int]:
     return sorted(asked | {tokens for tokens in PAPER_LENGTHS if tokens <= max(asked)})
 
 
+def served_as(system: str, calls: pd.DataFrame) -> tuple[str, str]:
+    """A system of the published protocol by what served its calls, as on a GPU its kernels may be fused: the arm that
+    it is, and its name."""
+    arm, comma, how = system.partition(",")
+    arm += " fused" * bool(calls["reason"].fillna("").str.contains(", fused", regex=False).any())
+    return arm, arm + comma + how
+
+
 def holds(rows: pd.DataFrame) -> str:
     """Which metrics there are, and of which arms."""
     metrics = rows.groupby("arm", sort=False)["metric"].agg(lambda found: ", ".join(dict.fromkeys(found)))

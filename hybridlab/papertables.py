@@ -15,7 +15,7 @@ from hybridlab import limits, published, stats, tallies
 from hybridlab.errors import StatisticsError
 from hybridlab.firstcalls import FIRST
 from hybridlab.judging import KEYS
-from hybridlab.papersamples import by_length, generations
+from hybridlab.papersamples import by_length, generations, served_as
 from hybridlab.report import LIMIT, NONE, Grid, number
 from hybridlab.stats import Estimate
 
@@ -120,10 +120,11 @@ def protocol(rows: pd.DataFrame, caption: str) -> Grid:
     own = stats.unprofiled(rows)[rows["part"] == "protocol"]
     warm = {(arm, tokens): found for arm, tokens, found in by_length(rows, "ttft", "median")}
     lines = []
-    for (arm, tokens), cell in own.groupby(["arm", "tokens"], sort=False):
-        first, more = (cell.loc[cell["metric"] == name, "value"] for name in ("first", "repeated"))
-        sound = warm.get((str(arm).partition(",")[0], tokens))
-        lines.append([f"{arm}: {tokens} tokens", f"{number(first.mean())} ± {number(first.std())}",
+    for (system, tokens), cell in own.groupby(["arm", "tokens"], sort=False):
+        arm, name = served_as(system, cell)
+        first, more = (cell.loc[cell["metric"] == metric, "value"] for metric in ("first", "repeated"))
+        sound = warm.get((arm, tokens))
+        lines.append([f"{name}: {tokens} tokens", f"{number(first.mean())} ± {number(first.std())}",
                       number(float(np.quantile(more, 0.99))) if len(more) else NONE, _three(sound),
                       f"{first.mean() / sound.value:.2f}" if sound else NONE])
     count = own[own["metric"] == "repeated"].groupby(["arm", "tokens"]).size()
@@ -131,7 +132,7 @@ def protocol(rows: pd.DataFrame, caption: str) -> Grid:
                                            f"P99 of {int(count.max()) if len(count) else 0}, ms", "warm median, ms",
                                            "cold / warm"], lines,
                 "Left, as published: a fresh process, no warm-up, lengths in ascending order, mean ± standard "
-                "deviation, then repeated calls. Right: warm, interleaved, 95 % interval, same run.")
+                "deviation, then repeated calls. Right: warm, interleaved, 95 % interval, same run and kernels.")
 
 
 def costs(rows: pd.DataFrame, caption: str) -> Grid:

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hybridlab import limits, looks, panels, papertables, plots, published, stats
-from hybridlab.papersamples import NOT_MEASURED, TIMED, by_length, few, needs
+from hybridlab.papersamples import NOT_MEASURED, TIMED, by_length, few, needs, served_as
 from hybridlab.stats import Estimate
 
 PUBLISHED = {"Hybrid": "triangle-down", "TensorRT-LLM": "x", "HuggingFace eager": "cross"}  # no arm has these symbols
@@ -87,17 +87,22 @@ def protocol(rows: pd.DataFrame, caption: str) -> go.Figure:
                     ["Left: mean of five first calls in a fresh process, bars: ± one standard deviation.",
                      "Right: warm, interleaved, medians with 95 % intervals."])
     own = rows[(rows["part"] == "protocol") & (rows["metric"] == "first")]
-    cells = own.groupby(["arm", "tokens"], sort=False)["value"]
-    cold = [(arm, tokens, Estimate(value.mean(), max(0.0, value.mean() - value.std()), value.mean() + value.std(), 5))
-            for (arm, tokens), value in cells]
-    _lines(figure, [(arm.partition(",")[0], tokens, found) for arm, tokens, found in cold], 1)
-    arms = {arm.partition(",")[0] for arm, _, _ in cold}
+    cold = [(served_as(system, cell)[0], tokens, _spread(cell["value"]))
+            for (system, tokens), cell in own.groupby(["arm", "tokens"], sort=False)]
+    _lines(figure, cold, 1)
+    arms = {arm for arm, _, _ in cold}
     _lines(figure, [line for line in by_length(rows, "ttft", "median") if line[0] in arms], 2)
     _titles(figure, ["five first calls: mean (ms, logarithmic)", "warm: median (ms)"], "prompt tokens")
     if cold:
         values = [found.value for _, _, found in cold]
         figure.update_layout(yaxis=panels.log(min(values), max(found.high for _, _, found in cold)))
     return _done(figure, [NOT_MEASURED, few(rows[rows["arm"].isin(arms)], "ttft", "median")])
+
+
+def _spread(values: pd.Series) -> Estimate:
+    """Mean ± one standard deviation, as published."""
+    mean, std = values.mean(), values.std()
+    return Estimate(mean, max(0.0, mean - std), mean + std, len(values))
 
 
 LIMITED = ("table1", "by_position")  # figures of latencies that have a limit

@@ -360,6 +360,20 @@ def rows() -> pd.DataFrame:
     return pd.DataFrame(found).assign(run_id="r1")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_first_calls_stand_beside_warm_ones_of_the_same_kernels(fused: bool) -> None:
+    """First calls with fused kernels, as a GPU has them unless told otherwise, beside warm ones with stock kernels."""
+    name, ms = ("hybrid fused", 4.0) if fused else ("hybrid", 8.0)
+    cold = calls("hybrid, captured ahead", lambda n, k: 12.0, 12.0)
+    reason = "replayed prefill graph of 16 rows" + ", fused" * fused
+    rows = pd.DataFrame([*times("ttft", "hybrid", lambda _: 8.0), *times("ttft", "hybrid fused", lambda _: 4.0),
+                         *({**one, "reason": reason} for one in cold)]).assign(run_id="r1")
+    shown = papertables.protocol(rows, "").rows[0]
+    assert (shown[0], shown[-1]) == (f"{name}, captured ahead: 10 tokens", f"{12.0 / ms:.2f}")
+    drawn = paperviews.protocol(rows, "").data
+    assert {value for trace in drawn if trace.xaxis == "x2" for value in trace.y} == {ms}
+
+
 def test_tables_say_what_the_rows_say(rows: pd.DataFrame) -> None:
     """Published numbers in a column of ours, a p99 of too few gaps, a length that nobody asked for."""
     first = papertables.ttft(rows, "run r1")
