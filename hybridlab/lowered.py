@@ -16,8 +16,7 @@ from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, poli
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.executors import Launched
-from hybridlab.fused import FusedStep, starts_early
-from hybridlab.kernels.prime import Primer
+from hybridlab.fused import FusedStep
 from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
@@ -60,8 +59,6 @@ class LoweredExecutor:
         chosen = policy(config.policy)
         self.outside = left_out(chosen, config.arm, lambda: plan_of("decode"))
         self.cutting = cuts(model, plan_of, config)
-        early = config.pdl and starts_early(model.device) and not (fused or self.cutting)
-        self.primer = Primer(model.device, early, again=bool(self.outside))
         between = ", ".join(chosen.between)
         self.around = f", in pieces around {between}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(chosen), str(model.dtype), str(model.device))  # of every key
@@ -101,7 +98,6 @@ class LoweredExecutor:
         """Graphs become the calling thread's, whose request this is."""
         if self.lookup is not None:
             self.lookup.cache.own()
-        self.primer.start()
         self.tokens.start()
         self.controls.set(sampling, self.model.config.vocab_size)
         if self.config.steps > 1:
@@ -162,7 +158,6 @@ class LoweredExecutor:
                 path = "graph"
                 reason = f"replayed {phase} graph of {rows} rows{self.around}{self.lookup.captured_now()}"
                 with span("replay"), self.lookup.cache.lease(key) as replay:
-                    self.primer()
                     replay()
                 if "sample" in self.outside:
                     self._sample()
@@ -179,7 +174,8 @@ class LoweredExecutor:
         self._sample()
 
     def first_steps(self) -> list[Callable[[], None]]:
-        """What the first request launches, each step by itself; first the one that takes longest to compile."""
+        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself. First
+        the one whose attention takes longest to compile."""
         return [partial(self._whole, phase, self.program(phase, rows))
                 for phase, rows in (("decode", 1), ("prefill", self.buckets[0]))]
 
