@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hybridlab import terminal
-from hybridlab.config import CacheConfig, build
+from hybridlab.config import POLICIES, CacheConfig, build
 from hybridlab.errors import ConfigError
 from hybridlab.terminal import option
 
@@ -41,6 +41,7 @@ def command(
     disturb_run_ahead: Annotated[int, option(
         "Steps launched ahead by requests that captures disturb.", min=0)] = CACHE.disturb_run_ahead,
     model: Annotated[str, option("As --model of generate.", "--model", "-m")] = CACHE.model,
+    policy: Annotated[str, option(f"{', '.join(POLICIES)}.")] = str(CACHE.policy),
     device: Annotated[str, option("auto, cpu or cuda.")] = CACHE.device,
     dtype: Annotated[str | None, option("float32, float16 or bfloat16; default: as the model is.")] = CACHE.dtype,
     seed: Annotated[int, option("Of the requests, the prompts and the order of passes.")] = CACHE.seed,
@@ -57,8 +58,8 @@ def command(
 
         config = build(CacheConfig, {
             "trace": trace, "requests": requests, "new_tokens": new_tokens, "repeats": repeats, "model": model,
-            "device": device, "dtype": dtype, "seed": seed, "cost_lengths": cost or [], "disturb": disturb or [],
-            "disturb_run_ahead": disturb_run_ahead,
+            "policy": policy, "device": device, "dtype": dtype, "seed": seed, "cost_lengths": cost or [],
+            "disturb": disturb or [], "disturb_run_ahead": disturb_run_ahead,
             **({"compare": [parameters.entry(text) for text in compare]} if compare else {})})
         parameters.compared(config)  # refuse before torch is imported, which takes seconds
         workload.require_known(trace)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # what is collected may ask, too
 _holders, _was_on = 0, False
 
 
@@ -27,3 +27,10 @@ def off() -> Iterator[None]:
             _holders -= 1
             if not _holders and _was_on:
                 gc.enable()
+
+
+def collect() -> None:
+    """A collection now, unless somebody wants none; whoever does later waits for its end."""
+    with _LOCK:
+        if not _holders:
+            gc.collect()

@@ -104,7 +104,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: str | None = None                           # None: as the model is
     kernels: Kernels = "auto"                          # of arms that compile: those of the stock modules around JIT
                                                        # attention, or all fused; auto: fused on a GPU where possible
-    pdl: bool = True                                   # fused kernels start before the last one ends, where they can
+    pdl: bool = True                                   # kernels may start before the last one ends, where they can
     # Prompt lengths to capture; None: a ladder from the machine's roofline; "exact": every length by itself.
     buckets: Literal["exact"] | tuple[Positive, ...] | None = None
     capture: Capture = "async"

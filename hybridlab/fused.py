@@ -39,6 +39,11 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels on `device` can start before the one before them ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_SINCE
+
+
 def require(model: PreTrainedModel) -> None:
     """Raise `ConfigError` if the steps of `model` cannot be fused."""
     if reason := refusal(model):
@@ -90,7 +95,7 @@ class FusedStep(Program):
         self.ops, body, config = getattr(torch.ops, namespace), module.model, module.config
         self.layers = [Layer(layer, config) for layer in body.layers]
         self.table, self.norm, self.head = body.embed_tokens.weight, body.norm, module.lm_head
-        self.pdl = pdl and logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= PDL_SINCE
+        self.pdl = pdl and starts_early(logits.device)
         self.caches = [(k[:, :, :span], v[:, :, :span]) for k, v in kv.layers]
         _, kv_heads, _, self.dim = kv.layers[0][0].shape
         self.heads, self.kv_heads, self.inner = config.num_attention_heads, kv_heads, config.intermediate_size

@@ -45,7 +45,7 @@ def plan(config: BenchConfig | Mapping[str, Any]) -> Plan:
     sizes, context = Sizes.of(bare), models.context(bare) or LONGEST
     parameters.require_held(config, context)
     lengths = config.lengths or tuple(sorted({n for n in LENGTHS if n < context} | {min(context, LONGEST)}))
-    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= fused.PDL_SINCE
+    early = fused.starts_early(device)
     if config.variants and "kernel, pdl" in config.variants and not early:
         raise ConfigError("variant 'kernel, pdl' cannot run here", f"device is {device}",
                           f"it needs a GPU of compute capability {'.'.join(map(str, fused.PDL_SINCE))}")

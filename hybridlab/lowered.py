@@ -16,7 +16,8 @@ from hybridlab.config import COMPILING, REPLAYING, RuntimeConfig, Sampling, poli
 from hybridlab.counters import Counters
 from hybridlab.errors import CaptureFailed, StaleAddress
 from hybridlab.executors import Launched
-from hybridlab.fused import FusedStep
+from hybridlab.fused import FusedStep, starts_early
+from hybridlab.kernels.prime import Primer
 from hybridlab.lookup import Key, Lookup
 from hybridlab.lowering import JIT, PLAIN, Inputs, Program, StaticKV, lower
 from hybridlab.pieces import Cut, cut
@@ -59,6 +60,8 @@ class LoweredExecutor:
         chosen = policy(config.policy)
         self.outside = left_out(chosen, config.arm, lambda: plan_of("decode"))
         self.cutting = cuts(model, plan_of, config)
+        early = config.pdl and starts_early(model.device) and not (fused or self.cutting)
+        self.primer = Primer(model.device, early, again=bool(self.outside))
         between = ", ".join(chosen.between)
         self.around = f", in pieces around {between}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(chosen), str(model.dtype), str(model.device))  # of every key
@@ -98,6 +101,7 @@ class LoweredExecutor:
         """Graphs become the calling thread's, whose request this is."""
         if self.lookup is not None:
             self.lookup.cache.own()
+        self.primer.start()
         self.tokens.start()
         self.controls.set(sampling, self.model.config.vocab_size)
         if self.config.steps > 1:
@@ -121,11 +125,11 @@ class LoweredExecutor:
         steps = min(self.config.steps, wanted) if self.looping else self.config.steps
         if not 1 < steps <= wanted or self.lookup is None:
             return [self._launch("decode", 1)]
-        key = self._key("decode", 1, self.config.steps)
-        if not self.lookup.several(key):
+        if not self.lookup.several(key := self._key("decode", 1, self.config.steps)):
             return [self._launch("decode", 1)]
         places = self.ring.expect(steps)
         with span("replay"), self.lookup.cache.lease(key) as replay:
+            self.primer()
             replay()
         reason = f"replayed decode graph of 1 rows, {steps} steps a launch" + ", in a loop" * self.looping
         return [Launched(place, "graph", reason, emitted=True, ends=self.looping) for place in places]
@@ -158,6 +162,7 @@ class LoweredExecutor:
                 path = "graph"
                 reason = f"replayed {phase} graph of {rows} rows{self.around}{self.lookup.captured_now()}"
                 with span("replay"), self.lookup.cache.lease(key) as replay:
+                    self.primer()
                     replay()
                 if "sample" in self.outside:
                     self._sample()
@@ -174,10 +179,9 @@ class LoweredExecutor:
         self._sample()
 
     def first_steps(self) -> list[Callable[[], None]]:
-        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself. First
-        the one whose attention takes longest to compile."""
+        """What the first request launches: a prefill of the smallest bucket and a decode step, each by itself."""
         return [partial(self._whole, phase, self.program(phase, rows))
-                for phase, rows in (("decode", 1), ("prefill", self.buckets[0]))]
+                for phase, rows in (("prefill", self.buckets[0]), ("decode", 1))]
 
     def _whole(self, phase: str, program: Program) -> None:
         self._prepare(phase, program)

@@ -83,6 +83,8 @@ def _as_ids(name: str, values: Any, vocabulary: int, most: int) -> list[int]:
         raise PromptError(f"{name} holds more than {most} token ids",
                           f"the model has {most} tokens" if name == "stop" else f"the KV cache holds {most} tokens",
                           "give fewer")
+    if set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < vocabulary:
+        return values  # without a look at each, which at 500 ids is a hundredth of the time to the first token
     for index, value in enumerate(values):
         if not _is_int(value) or not 0 <= value < vocabulary:
             raise PromptError(f"{name}[{index}] is {shown(value)}",

@@ -60,7 +60,7 @@ def run(model: str, dtype: str = "float16", device: str = "cuda", console: Conso
     there = tuning.read(_writable(gpu))  # refused now if it is damaged
     wanted = [one for one in wanted if not missing or one.key(kind) not in there]
     copies = _copies(wanted, kind, where)
-    pdl = torch.cuda.get_device_capability(where) >= fused.PDL_SINCE
+    pdl = fused.starts_early(where)
     results: list[tuple[Product, Entry, Found]] = []
     with torch.cuda.device(where), _bars(console) as bars:
         rate = tiles.read_gbs(where, tiles.replays_us)

@@ -18,11 +18,17 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 from triton.runtime.cache import triton_key
+
+from hybridlab import collector, ops
 
 log = logging.getLogger(__name__)
 
-_READ: ContextVar[set[Any] | None] = ContextVar("read", default=None)  # kinds of launches of a step that is read now
+COMPILERS = 8  # threads; with more the slowest kernel shares Python with all others, with fewer all wait for their turn
+
+# What the steps that are read now launch: the text of each kernel and how to have it compiled, by kinds of launches.
+_READ: ContextVar[dict[Any, tuple[str, Callable[[], Any]]] | None] = ContextVar("read", default=None)
 _ASKER: ContextVar[int | None] = ContextVar("asker", default=None)     # the thread that this one compiles for
 
 
@@ -33,14 +39,12 @@ class Launched:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        kinds = _READ.get()
-        return self.kernel[grid] if kinds is None else partial(self._asked, kinds, grid)  # type: ignore[no-any-return]
+        asked = _READ.get()
+        return self.kernel[grid] if asked is None else partial(self._asked, asked, grid)  # type: ignore[no-any-return]
 
-    def _asked(self, kinds: set[Any], grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def _asked(self, asked: dict[Any, Any], grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kind = (id(self), *map(_kind, args), *options.items())
-        if kind not in kinds:
-            kinds.add(kind)
-            self.kernel.warmup(*args, grid=grid, **options)
+        asked.setdefault(kind, (self.kernel.src, partial(self.kernel.warmup, *args, grid=grid, **options)))
 
 
 def _kind(value: Any) -> Any:
@@ -60,8 +64,9 @@ def asker() -> int:
 
 def preparing(device: torch.device) -> list[Future[Any]]:
     """Begins, once a process and on threads of its own, what a first step waits for whatever it is: Triton reads all of
-    itself, imports its other language and builds what it calls the driver by, and the device's library of products is
-    loaded. Half a second, in which weights can be loaded."""
+    itself, imports its other language and builds what it calls the driver by, the device's library of products and
+    PyTorch's kernels of a decoder are loaded, and Python collects its garbage, a quarter of a second that it would soon
+    take otherwise. Three quarters of a second in all, in which weights can be loaded. Returns what Triton does."""
     known = device.type != "cuda" or device.index is not None
     return _begun(device if known else torch.device("cuda", torch.cuda.current_device()))
 
@@ -69,8 +74,9 @@ def preparing(device: torch.device) -> list[Future[Any]]:
 @cache
 def _begun(device: torch.device) -> list[Future[Any]]:
     threads = ThreadPoolExecutor(thread_name_prefix="hybridlab-prepare")
-    begun: list[Future[Any]] = [threads.submit(step) for step in (triton_key, _languages, _driver,
-                                                                  partial(_library, device))]
+    begun: list[Future[Any]] = [threads.submit(step) for step in (triton_key, _languages, _driver)]
+    for step in (partial(_library, device), partial(_operations, device), collector.collect):
+        threads.submit(step)
     threads.shutdown(wait=False)
     return begun
 
@@ -87,6 +93,25 @@ def _library(device: torch.device) -> None:
     one = torch.ones((16, 16), device=device)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         torch.mm(one.to(dtype), one.to(dtype))
+
+
+def _operations(device: torch.device) -> None:
+    """What the check of a decoder launches in plain PyTorch: each kernel is loaded when it is first launched."""
+    ids = torch.arange(16, device=device) * 7 % 11
+    same = (ids == ids.cumsum(0)).all() | (ids != 0).all()
+    for dtype in (torch.float16, torch.bfloat16):
+        x = embedding(ids, torch.ones((16, 128), device=device, dtype=dtype))
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * same
+        x = torch.cat((-x[:, 64:], x[:, :64]), dim=-1) * wide.cos().to(dtype) + silu(x) * wide.sin().to(dtype)
+        heads, cache = x.view(1, 1, 16, 128), torch.zeros((1, 1, 16, 128), device=device, dtype=dtype)
+        scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        for rows in (16, 1):
+            new = heads[:, :, :rows]
+            ops.attend(new, new, new, cache, cache, ids[:rows].fill_(0), 0.1, 16, 0, 0.0,
+                       torch.empty_like(new).transpose(1, 2))
+        wide.copy_(cache[0, 0])
+        (wide - (x[ids] @ x.t()).float().abs().max() / wide.clamp(min=1).max()).isfinite().all().item()
 
 
 @contextmanager
@@ -109,12 +134,15 @@ def _compile(steps: Sequence[Callable[[], None]], device: torch.device, asker: i
     wait(preparing(device))  # if it went wrong, so does what follows
     torch.cuda.set_device(device)
     _ASKER.set(asker)
-    loading = _Loading(thread_name_prefix="hybridlab-compile", initializer=partial(torch.cuda.set_device, device))
+    loading = _Loading(COMPILERS, "hybridlab-compile", partial(torch.cuda.set_device, device))
     with loading, triton.AsyncCompileMode(loading, ignore_errors=True), torch.no_grad():
-        _READ.set(set())
+        asked: dict[Any, tuple[str, Callable[[], Any]]] = {}
+        _READ.set(asked)
         try:
             for step in steps:
                 step()
+            for _, compiled in sorted(asked.values(), key=lambda one: len(one[0]), reverse=True):
+                compiled()  # first the one that takes longest, as far as its text tells
         except Exception as error:  # the first request meets it too, and tells it
             log.info("kernels are compiled when they are launched · %s: %s", type(error).__name__, error)
         finally:

@@ -44,20 +44,21 @@ def _fold(query, k_cache, v_cache, base, cache_row, first, last, position, windo
         inside = inside & (row < last)[:, None]
     at = base + row.to(tl.int64)[:, None] * cache_row + column[None, :]
     key = tl.load(k_cache + at, mask=inside, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    factor = scale * 1.4426950408889634
     if capped:
-        scores = (1 - 2 / (tl.exp(2 * (scores / softcap)) + 1)) * softcap
-    scores *= 1.4426950408889634
+        scores = (1 - 2 / (tl.exp(2 * (scores * scale / softcap)) + 1)) * softcap
+        factor = 1.4426950408889634
     if masked:
         visible = (row < last)[None, :] & (row[None, :] <= position[:, None])
         if window > 0:
             visible = visible & (row[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
+    higher = tl.maximum(top, tl.max(scores, 1) * factor)
     safe = higher
     if masked:
         safe = tl.where(higher == float("-inf"), 0.0, higher)
-    kept, weight = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
+    kept, weight = tl.exp2(top - safe), tl.exp2(scores * factor - safe[:, None])
     value = tl.load(v_cache + at, mask=inside, other=0.0)
     mixed = mixed * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
     return higher, total * kept + tl.sum(weight, 1), mixed

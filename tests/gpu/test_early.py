@@ -11,12 +11,13 @@ import triton.language as tl
 
 import hybridlab as hl
 from hybridlab import fused, graphs, opbench
+from hybridlab.kernels.prime import Primer
 
 if torch.cuda.is_available():
     from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
 CUDA = torch.device("cuda")
-EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fused.PDL_SINCE
+EARLY = torch.cuda.is_available() and fused.starts_early(CUDA)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not EARLY, reason="needs a CUDA GPU that can start kernels early")]
 
 SIZES = opbench.Sizes(512, 1100, 8, 4, 64, 3000, 0, False, 0.125)
@@ -83,3 +84,23 @@ def test_the_graph_of_a_step_keeps_early_starts(pdl: bool) -> None:
         layers = model.config.num_hidden_layers
         assert early == (5 * layers + 1 if pdl else 0)
         made.reset()
+
+
+@pytest.mark.parametrize(("policy", "launches"), [("full", 1), ("whole", 6)])
+@pytest.mark.parametrize("arm", ["graph", "hybrid"])
+def test_a_kernel_that_starts_early_before_a_graph_changes_no_bit(arm: str, policy: str, launches: int,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of plain kernels that does not wait for the work before it, or that is never primed."""
+    model = hl.load("random:tiny-llama-2-7b", device="cuda", dtype="float16")
+    launch, seen, found = Primer.launch, list[int](), list[Any]()
+    monkeypatch.setattr(Primer, "launch", lambda self: [seen.append(1), launch(self)])
+    for pdl in (False, True):
+        with hl.Runtime(model, arm=arm, kernels="torch", policy=policy, capture="sync", max_len=64, buckets=[32],
+                        pdl=pdl) as rt:
+            rt.warm_up([3])
+            seen.clear()
+            ids = rt.generate([5, 6, 7], max_new_tokens=6, stop=[]).ids
+            found.append((ids, rt._executor.logits.clone()))
+            assert len(seen) == (launches if pdl else 0)
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])

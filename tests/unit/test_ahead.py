@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hybridlab as hl
+from hybridlab import verify
 from hybridlab.kernels import ahead, gemm
 from hybridlab.tuning import LIBRARY
 
@@ -22,7 +25,8 @@ CPU = torch.device("cpu")
 class Kernel:
     """Says what is done to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, src: str = "") -> None:
+        self.src = src
         self.done: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -85,7 +89,25 @@ def test_the_body_runs_meanwhile_and_launches_what_it_likes() -> None:
         launch[(1,)]()
         assert not ahead.reading()
         gone.set()
-    assert [done == "launched" for done in kernel.done] == [False, True]
+    assert sorted(done == "launched" for done in kernel.done) == [False, True]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_longest_kernel_is_compiled_first() -> None:
+    """A first token that waits for the kernel which takes longest to compile, begun when all others were done."""
+    kernels = [Kernel("short"), Kernel("the longest of them"), Kernel("not so short")]
+    order: list[str] = []
+    for kernel in kernels:
+        kernel.warmup = lambda *_, src=kernel.src, **__: order.append(src)  # type: ignore[method-assign]
+
+    launches = [ahead.Launched(kernel) for kernel in kernels]
+
+    def step() -> None:
+        for launch in launches:
+            launch[(1,)]()
+
+    read(step)
+    assert order == sorted((kernel.src for kernel in kernels), key=len, reverse=True)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -110,13 +132,37 @@ def test_the_library_multiplies_nothing_for_a_step_that_is_read(monkeypatch: pyt
     x, weight = torch.ones(70, 64), torch.ones(32, 64)
     for out in (torch.zeros(70, 32), torch.zeros(70, 32)):
         with ExitStack() as stack:
-            stack.callback(ahead._READ.reset, ahead._READ.set(set()))
+            stack.callback(ahead._READ.reset, ahead._READ.set({}))
             gemm._by_library(x, (weight,), (None,), out)
             gemm.residual(x, weight, None, False, out, LIBRARY)
         assert not out.any()
         gemm._by_library(x, (weight,), (None,), out)
         gemm.residual(x, weight, None, False, out, LIBRARY)
         assert torch.equal(out, torch.full_like(out, 128.0))
+
+
+class Seen(TorchDispatchMode):
+    """The operations of the dispatcher that run meanwhile, those left out that launch nothing on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in func.name():
+            self.names.add(func._schema.name.rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_model_is_checked_by_is_loaded_ahead() -> None:
+    """A cold start that waits for PyTorch's kernels, one after the other, when the weights are there."""
+    with Seen() as ahead_of_it:
+        ahead._operations(CPU)
+    model = hl.load("random:tiny-llama-3", device="cpu").half()
+    with Seen() as check:
+        verify.verify_lowered(model)
+    assert len(check.names) > 30
+    assert check.names - ahead_of_it.names == {"aten::_unsafe_view", "hybridlab::attend"}
 
 
 def test_what_was_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:

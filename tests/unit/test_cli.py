@@ -222,14 +222,14 @@ def test_cache_hands_its_options_over_and_shows_the_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(cachelab, "run", run)
     got = invoke("cache", "zipf", "--requests", "7", "--new-tokens", "2", "--repeats", "4", "--model", "tiny",
                  "--compare", "capture=async behind=thread", "--compare", "capture=sync buckets=16,64 cache_graphs=5",
-                 "--cost", "64", "--cost", "8", "--disturb", "thread", "--disturb-run-ahead", "1", "--device", "cpu",
-                 "--dtype", "float32", "--seed", "3", "--save-trace", str(tmp_path / "served.csv"),
+                 "--cost", "64", "--cost", "8", "--disturb", "thread", "--disturb-run-ahead", "1", "--policy", "full",
+                 "--device", "cpu", "--dtype", "float32", "--seed", "3", "--save-trace", str(tmp_path / "served.csv"),
                  "--runs", str(tmp_path / "runs"))
     assert got.exit_code == 0, got.stderr
     assert seen["root"] == tmp_path / "runs"
     assert seen["config"] == build(CacheConfig, {
         "trace": "zipf", "requests": 7, "new_tokens": 2, "repeats": 4, "cost_lengths": [64, 8], "disturb": ["thread"],
-        "disturb_run_ahead": 1,
+        "disturb_run_ahead": 1, "policy": "full",
         "compare": [{"capture": "async", "behind": "thread"},
                     {"capture": "sync", "buckets": [16, 64], "cache_graphs": 5}],
         "device": "cpu", "dtype": "float32", "seed": 3})

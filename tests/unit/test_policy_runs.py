@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 import hybridlab as hl
+from hybridlab import lowered
 from hybridlab.errors import ConfigError, NonFinite, PlanError
+from hybridlab.kernels.prime import Primer
 
 LAYERS = 2
 PROMPT = list(range(3, 23))
@@ -186,3 +188,25 @@ def test_a_graph_samples_only_where_its_policy_says_so(model: PreTrainedModel, p
         with executor.graphs.lease(key) as replay:
             replay()
         assert (int(executor.controls.token) != 7) == drawn
+
+
+@pytest.mark.parametrize(("settings", "primed"), [
+    ({"policy": "full"}, [0, 4]), ({"policy": "whole"}, list(range(8))), ({"policy": "full", "arm": "graph"}, [0, 4]),
+    ({"policy": "full", "steps": 2, "buckets": [8]}, [0, 2]),  # a prompt that has no graph, before steps that have one
+    ({"policy": "piecewise"}, []), ({"policy": "full", "pdl": False}, []),
+    ({"policy": "full", "kernels": "fused"}, []), ({"policy": "full", "arm": "jit"}, []),
+], ids=str)
+def test_graphs_of_plain_kernels_are_primed_where_it_was_undone(model: PreTrainedModel, reference: list[int],
+                                                                monkeypatch: pytest.MonkeyPatch,
+                                                                settings: dict[str, Any], primed: list[int]) -> None:
+    """A kernel that starts early behind each graph where one is enough, at none of a later request, after the graph, or
+    where it is of no use."""
+    monkeypatch.setattr(lowered, "starts_early", lambda device: True)
+    monkeypatch.setattr(Primer, "launch", lambda self: None)
+    with runtime(model, **settings) as rt:
+        rt.warm_up([len(PROMPT)])
+        before, seen = rt.counters.replays, list[int]()
+        monkeypatch.setattr(Primer, "launch", lambda self: seen.append(rt.counters.replays - before))
+        for _ in range(2):
+            assert rt.generate(PROMPT, max_new_tokens=4, stop=[]).ids == reference[:4]
+        assert seen == primed
