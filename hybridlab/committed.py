@@ -120,9 +120,11 @@ def redraw(root: Path) -> list[Path]:
 
 
 def _draw_cache(result: CacheResult, folder: Path) -> Iterator[Path]:
-    trace = Path(result.config.trace).stem
+    trace, parts = Path(result.config.trace).stem, set(result.rows["part"])
+    if result.config.requests == 1:
+        parts.discard("stream")  # one request is none
     for name, (part, figure) in timeline.FIGURES.items():
-        if part in set(result.rows["part"]):
+        if part in parts:
             floors = {} if name == "costs" else {"floors": result.floors}
             yield from plots.write(figure(result.rows, result.caption, **floors), folder / f"cache_{trace}_{name}",
                                    STILL)

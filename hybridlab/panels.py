@@ -6,7 +6,7 @@ Never imports torch. Names that come from outside are escaped here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,14 +116,21 @@ def shares(count: int) -> tuple[float, float]:
 
 
 def log(low: float, high: float, steps: tuple[int, ...] = (1, 2, 5), more: tuple[float, ...] = ()) -> dict[str, Any]:
-    """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`."""
+    """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`; at fewer steps if
+    they would be many, at all nine if they would be one or two."""
     low, high = low * 0.93, high * 1.1
-    ticks = sorted(tick for tick in [*(float(f"{s}e{p}") for p in range(-9, 9) for s in steps), *more]
-                   if low <= tick <= high)
-    if len(ticks) > 8:
-        return log(low / 0.93, high / 1.1, (1,), more)
-    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks,
-            "ticktext": [f"{tick:g}" for tick in ticks]}
+
+    def ticks(steps: Iterable[int]) -> list[float]:
+        every = {*(float(f"{step}e{power}") for power in range(-9, 9) for step in steps), *more}
+        return sorted(tick for tick in every if low <= tick <= high)
+
+    shown = ticks(steps)
+    if len(shown) > 8:
+        shown = ticks((1,))
+    elif len(shown) < 3:
+        shown = ticks({*steps, *range(1, 10)})
+    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": shown,
+            "ticktext": [f"{tick:g}" for tick in shown]}
 
 
 def line(figure: go.Figure, x: list[Any], y: list[float], look: Look, name: str, number: int, hover: str, *,

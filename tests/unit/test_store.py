@@ -212,7 +212,7 @@ HEADLINES = {  # of each kind: what a committed run, or the small one below, is 
     "ablation": ("cpu-xeon/20261123-204110-0793", "eager", "ITL, ms"),
     "cache": ("h200/20261123-235410-4e2d", "capture=sync", "TTFT, ms"),
     "kernels": ("h200/20261124-082824-4268", "fused, context 500", "step, ms"),
-    "peers": ("h200/20261128-123844-32a9", "hf-compile", "ITL, ms"),
+    "peers": ("h200/20261129-093153-a9e1", "hf-compile", "ITL, ms"),
     "paper": ("cpu-epyc/20261128-154220-b293", "hybrid", "gap with a KV cache, ms"),
     "trace": ("h200/20261124-162055-2a98", None, None),
     "system": ("test-board/20260101-000002-aaaa", "memory", "weights, MiB"),

@@ -116,6 +116,15 @@ def test_what_is_not_there_is_refused(cache_rows):
         timeline.over_time(pd.concat([rows, rows.assign(run_id="r2")]), "")
 
 
+@pytest.mark.parametrize(("low", "high", "ticks"), [
+    (1.7, 4.45, [2, 3, 4]), (0.5, 80, [0.5, 1, 2, 5, 10, 20, 50]), (0.02, 900, [0.1, 1, 10, 100]),
+    (1e-3, 1e6, [10.0**power for power in range(-3, 7)]),
+])
+def test_a_logarithmic_axis_has_ticks_to_read_it_by(low: float, high: float, ticks: list[float]) -> None:
+    """Times between 2 and 4 ms over an axis that says 2; ten powers of ten that are looked for without end."""
+    assert panels.log(low, high)["tickvals"] == ticks
+
+
 def test_a_long_legend_gets_lines(cache_rows):
     """Names of settings are long: in one line they would run out of the picture."""
     names = {f"capture=async, behind=thread, cache_graphs={n}": ("async", n) for n in (5, 10, 20, 40)}
