@@ -32,5 +32,5 @@ def off() -> Iterator[None]:
 def collect() -> None:
     """A collection now, unless somebody wants none; whoever does later waits for its end."""
     with _LOCK:
-        if not _holders:
+        if gc.isenabled():
             gc.collect()

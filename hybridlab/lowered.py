@@ -60,8 +60,8 @@ class LoweredExecutor:
         chosen = policy(config.policy)
         self.outside = left_out(chosen, config.arm, lambda: plan_of("decode"))
         self.cutting = cuts(model, plan_of, config)
-        early = config.pdl and starts_early(model.device) and not (fused or self.cutting)
-        self.primer = Primer(model.device, early, again=bool(self.outside))
+        early = self.lookup is not None and config.pdl and starts_early(model.device) and not (fused or self.cutting)
+        self.primer = Primer(model.device, early, again=bool(self.outside) or config.steps > 1)
         between = ", ".join(chosen.between)
         self.around = f", in pieces around {between}" if between else ", fused" if self.fused else ""
         self.baked = (policy_name(chosen), str(model.dtype), str(model.device))  # of every key

@@ -38,8 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, po
 
     q: [1, heads, T, dim]; k, v: [1, kv_heads, T, dim]; k_cache, v_cache: [1, kv_heads, capacity, dim];
     positions: int64 [T], ascending, read on the device. Rows `span` and beyond are never attended (a bound known
-    when the program is built: the bucket, or the capacity). `window` > 0 keeps the last `window` positions,
-    `softcap` > 0 bends the scores. out: [1, T, heads, dim] in q's dtype, written.
+    when the program is built: the bucket, or the capacity). `scale` is above 0. `window` > 0 keeps the last
+    `window` positions, `softcap` > 0 bends the scores. out: [1, T, heads, dim] in q's dtype, written.
     """
     k_cache.index_copy_(2, positions, k)
     v_cache.index_copy_(2, positions, v)

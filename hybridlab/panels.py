@@ -117,11 +117,11 @@ def shares(count: int) -> tuple[float, float]:
 
 def log(low: float, high: float, steps: tuple[int, ...] = (1, 2, 5), more: tuple[float, ...] = ()) -> dict[str, Any]:
     """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`; at fewer steps if
-    they would be many, at all nine if they would be one or two."""
+    they would be many, at all nine if they would be fewer than three."""
     low, high = low * 0.93, high * 1.1
 
-    def ticks(steps: Iterable[int]) -> list[float]:
-        every = {*(float(f"{step}e{power}") for power in range(-9, 9) for step in steps), *more}
+    def ticks(at: Iterable[int]) -> list[float]:
+        every = {*(float(f"{step}e{power}") for power in range(-9, 9) for step in at), *more}
         return sorted(tick for tick in every if low <= tick <= high)
 
     shown = ticks(steps)

@@ -96,7 +96,8 @@ def _library(device: torch.device) -> None:
 
 
 def _operations(device: torch.device) -> None:
-    """What the check of a decoder launches in plain PyTorch: each kernel is loaded when it is first launched."""
+    """What the check of a decoder launches in plain PyTorch: each kernel is loaded when it is first launched.
+    Values mean nothing here; each operation stands for one of the check."""
     ids = torch.arange(16, device=device) * 7 % 11
     same = (ids == ids.cumsum(0)).all() | (ids != 0).all()
     for dtype in (torch.float16, torch.bfloat16):
@@ -104,13 +105,13 @@ def _operations(device: torch.device) -> None:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * same
         x = torch.cat((-x[:, 64:], x[:, :64]), dim=-1) * wide.cos().to(dtype) + silu(x) * wide.sin().to(dtype)
-        heads, cache = x.view(1, 1, 16, 128), torch.zeros((1, 1, 16, 128), device=device, dtype=dtype)
+        heads, kept = x.view(1, 1, 16, 128), torch.zeros((1, 1, 16, 128), device=device, dtype=dtype)
         scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         for rows in (16, 1):
             new = heads[:, :, :rows]
-            ops.attend(new, new, new, cache, cache, ids[:rows].fill_(0), 0.1, 16, 0, 0.0,
+            ops.attend(new, new, new, kept, kept, ids[:rows].fill_(0), 0.1, 16, 0, 0.0,
                        torch.empty_like(new).transpose(1, 2))
-        wide.copy_(cache[0, 0])
+        wide.copy_(kept[0, 0])
         (wide - (x[ids] @ x.t()).float().abs().max() / wide.clamp(min=1).max()).isfinite().all().item()
 
 
@@ -139,14 +140,15 @@ def _compile(steps: Sequence[Callable[[], None]], device: torch.device, asker: i
         asked: dict[Any, tuple[str, Callable[[], Any]]] = {}
         _READ.set(asked)
         try:
-            for step in steps:
-                step()
-            for _, compiled in sorted(asked.values(), key=lambda one: len(one[0]), reverse=True):
-                compiled()  # first the one that takes longest, as far as its text tells
+            try:
+                for step in steps:
+                    step()
+            finally:
+                _READ.set(None)
+                for _, compiled in sorted(asked.values(), key=lambda one: len(one[0]), reverse=True):
+                    compiled()  # first the one that takes longest, as far as its text tells
         except Exception as error:  # the first request meets it too, and tells it
             log.info("kernels are compiled when they are launched · %s: %s", type(error).__name__, error)
-        finally:
-            _READ.set(None)
     torch.cuda.current_stream().synchronize()  # whoever serves may do so on another stream
 
 

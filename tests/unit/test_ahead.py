@@ -113,10 +113,14 @@ def test_the_longest_kernel_is_compiled_first() -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_what_goes_wrong_ahead_is_left_to_the_request() -> None:
     """A runtime that cannot be built, or that hides why its model was refused, for the sake of being quicker."""
+    kernel = Kernel()
+
     def step() -> None:
+        ahead.Launched(kernel)[(1,)]()
         raise RuntimeError("no memory")
 
     read(step)
+    assert len(kernel.done) == 1  # what was read until then is ready at least
     with pytest.raises(KeyError, match="refused"), ahead.compiling([step], CPU):
         raise KeyError("refused")
 
@@ -162,7 +166,7 @@ def test_what_a_model_is_checked_by_is_loaded_ahead() -> None:
     with Seen() as check:
         verify.verify_lowered(model)
     assert len(check.names) > 30
-    assert check.names - ahead_of_it.names == {"aten::_unsafe_view", "hybridlab::attend"}
+    assert check.names - ahead_of_it.names <= {"aten::_unsafe_view", "hybridlab::attend"}
 
 
 def test_what_was_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
