@@ -193,14 +193,12 @@ def test_a_graph_samples_only_where_its_policy_says_so(model: PreTrainedModel, p
 @pytest.mark.parametrize(("settings", "primed"), [
     ({"policy": "full"}, [0, 4]), ({"policy": "whole"}, list(range(8))), ({"policy": "full", "arm": "graph"}, [0, 4]),
     ({"policy": "full", "steps": 2, "buckets": [8]}, [0, 1, 2, 3]),  # of a prompt there is no graph
-    ({"policy": "piecewise"}, []), ({"policy": "full", "pdl": False}, []),
-    ({"policy": "full", "kernels": "fused"}, []), ({"policy": "full", "arm": "jit"}, []),
 ], ids=str)
 def test_graphs_of_plain_kernels_are_primed_where_it_was_undone(model: PreTrainedModel, reference: list[int],
                                                                 monkeypatch: pytest.MonkeyPatch,
                                                                 settings: dict[str, Any], primed: list[int]) -> None:
-    """A kernel that starts early behind each graph where one is enough, at none of a later request, after the graph, or
-    where it is of no use."""
+    """A kernel that starts early behind each graph where one is enough, at none of a later request, or after the graph.
+    """
     monkeypatch.setattr(lowered, "starts_early", lambda device: True)
     monkeypatch.setattr(Primer, "launch", lambda self: None)
     with runtime(model, **settings) as rt:
@@ -210,6 +208,19 @@ def test_graphs_of_plain_kernels_are_primed_where_it_was_undone(model: PreTraine
         for _ in range(2):
             assert rt.generate(PROMPT, max_new_tokens=4, stop=[]).ids == reference[:4]
         assert seen == primed
+
+
+@pytest.mark.parametrize(("settings", "wanted"), [
+    ({}, True), ({"policy": "piecewise"}, False), ({"pdl": False}, False), ({"kernels": "fused"}, False),
+    ({"arm": "jit"}, False),
+], ids=str)
+def test_what_is_no_graph_of_plain_kernels_is_not_primed(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch,
+                                                         settings: dict[str, Any], wanted: bool) -> None:
+    """A kernel launched for nothing, or against the wish of who asked for none."""
+    monkeypatch.setattr(lowered, "starts_early", lambda device: True)
+    monkeypatch.setattr(Primer, "launch", lambda self: None)
+    with runtime(model, **{"policy": "full", **settings}) as rt:
+        assert rt._executor.primer.wanted == wanted
 
 
 def test_where_triton_cannot_launch_graphs_are_replayed_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
