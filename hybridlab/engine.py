@@ -63,9 +63,10 @@ class Engine:
     def _ridge(self) -> float | None:
         """Of the machine, if the ladder of buckets is to be made from it. In half precision that of a GPU whose matrix
         units take both kinds is above what a ladder makes of it, so that it need not be measured."""
-        above = (self.device.type == "cuda" and self.model.dtype.itemsize == 2
-                 and torch.cuda.get_device_capability(self.device) >= (8, 0))
-        if self.config.buckets is not None or self.config.arm == "eager" or above:
+        if self.config.buckets is not None or self.config.arm == "eager":
+            return None
+        if (self.device.type == "cuda" and self.model.dtype.itemsize == 2
+                and torch.cuda.get_device_capability(self.device) >= (8, 0)):
             return None
         return ridge(self.device, self.model.dtype)
 

@@ -1,8 +1,10 @@
-"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, legend; dark figures."""
+"""How an arm, a policy of it, or another engine looks in figures: colour, symbol, line, legend; axes; dark figures."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import plotly.graph_objects as go
@@ -28,6 +30,22 @@ def colour(arm: str) -> str:
 
 def symbol(arm: str) -> str:
     return SYMBOLS[arm.partition(" ")[0]]
+
+
+def logarithmic(low: float, high: float, steps: Iterable[int], more: Iterable[float], most: int) -> dict[str, Any]:
+    """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`; at fewer steps if
+    that would be more than `most` ticks, at all nine if it would be fewer than three."""
+    def ticks(at: Iterable[int]) -> list[float]:
+        every = {*(float(f"{step}e{power}") for power in range(-9, 9) for step in at), *more}
+        return sorted(tick for tick in every if low <= tick <= high)
+
+    shown = ticks(steps)
+    if len(shown) > most:
+        shown = ticks((1,))
+    elif len(shown) < 3:
+        shown = ticks({*steps, *range(1, 10)})
+    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": shown,
+            "ticktext": [f"{tick:g}" for tick in shown]}
 
 
 def dash(arm: str) -> str:

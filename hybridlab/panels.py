@@ -5,8 +5,7 @@ Never imports torch. Names that come from outside are escaped here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hybridlab import plots, stats
+from hybridlab.looks import logarithmic
 
 HEAD, FOOT, LINE = 115, 71, 20  # px: above the plot, from it to the notes, and of one note
 POINTS = 800                    # of one distribution line
@@ -116,21 +116,8 @@ def shares(count: int) -> tuple[float, float]:
 
 
 def log(low: float, high: float, steps: tuple[int, ...] = (1, 2, 5), more: tuple[float, ...] = ()) -> dict[str, Any]:
-    """A logarithmic axis from `low` to `high` with ticks at `steps` of each power of ten, and `more`; at fewer steps if
-    they would be many, at all nine if they would be fewer than three."""
-    low, high = low * 0.93, high * 1.1
-
-    def ticks(at: Iterable[int]) -> list[float]:
-        every = {*(float(f"{step}e{power}") for power in range(-9, 9) for step in at), *more}
-        return sorted(tick for tick in every if low <= tick <= high)
-
-    shown = ticks(steps)
-    if len(shown) > 8:
-        shown = ticks((1,))
-    elif len(shown) < 3:
-        shown = ticks({*steps, *range(1, 10)})
-    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": shown,
-            "ticktext": [f"{tick:g}" for tick in shown]}
+    """A logarithmic axis that shows `low` to `high` with room beside them, see `looks.logarithmic`."""
+    return logarithmic(low * 0.93, high * 1.1, steps, more, most=8)
 
 
 def line(figure: go.Figure, x: list[Any], y: list[float], look: Look, name: str, number: int, hover: str, *,

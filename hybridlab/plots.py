@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -293,8 +292,4 @@ def _log_axis(update: Any, title: str, low: float, high: float, steps: Sequence[
               more: Sequence[float] = ()) -> None:
     if not 0 < low <= high:
         raise ConfigError(f"a logarithmic axis cannot show {low:g}", "times must be positive")
-    low, high = low * 0.95, high * 1.05
-    ticks = sorted([float(f"{step}e{power}") for power in range(-9, 9) for step in steps] + list(more))
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    update(title_text=title, type="log", range=[math.log10(low), math.log10(high)], tickvals=ticks,
-           ticktext=[f"{tick:g}" for tick in ticks])
+    update(title_text=title, **looks.logarithmic(low * 0.95, high * 1.05, steps, more, most=20))

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from hybridlab import measure, schemas, soundness, tails
+from hybridlab import collector, measure, schemas, soundness, tails
 from hybridlab.config import RunConfig
 from hybridlab.errors import HybridlabError, PromptError
 from hybridlab.tokens import Happening, Seen
@@ -161,6 +161,17 @@ def test_the_collector_is_off_inside_and_left_as_found(was_on):
     finally:
         gc.enable()
     assert not any(entry[3] for entry in log)
+
+
+def test_nothing_is_collected_where_somebody_wants_none(monkeypatch):
+    """A full collection, asked for while weights load, in the middle of a capture on another thread."""
+    done = []
+    monkeypatch.setattr(collector.gc, "collect", lambda: done.append(gc.isenabled()))
+    with collector.off():
+        collector.collect()
+    assert done == []
+    collector.collect()
+    assert done == [True]
 
 
 def test_every_request_samples_alike_and_never_stops_early():
